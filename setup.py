@@ -28,7 +28,7 @@ setup(
         "Operating System :: POSIX :: Linux",
     ],
     packages=find_packages(include=["theria", "theria.*"]),
-    package_data={"theria": ["py.typed"]},
+    package_data={"theria": ["py.typed", "attention/configs.json"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "data": cfg["data_requirements"].split()},

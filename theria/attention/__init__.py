@@ -1,0 +1,4 @@
+"The operators: attention, its derivatives, and the audit. Imports nothing of theria outside this folder."
+from theria.attention.reference import attention
+
+__all__ = ["attention"]

@@ -66,6 +66,13 @@ def _frozen(q, k, v, mask, *, scale, is_causal, drop): return _Frozen.apply(q, k
 def _sdpa(p, q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, mask, p.dropout_p, p.is_causal, scale=p.scale, enable_gqa=p.groups > 1), None
 
+# %% ../../nbs/attention/custom.ipynb #574b5a1c
+@register_backend("triton_full_fused")
+def _full_fused(p, q, k, v, mask):
+    from theria.attention.autograd import attend
+    seed = torch.randint(2**63 - 1, (1,), device=p.device) if p.dropout_p else None
+    return attend(q, k, v, mask, seed, p.scale, p.is_causal, p.dropout_p, p.stats)
+
 # %% ../../nbs/attention/custom.ipynb #dc28d515
 def sdpa_custom(
     q:Tensor, # (…, Hq, Lq, D) queries; float16, bfloat16, float32 or float64
