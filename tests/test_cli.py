@@ -1,0 +1,271 @@
+"The `theria` command: what it does, what it refuses, and what an accident costs."
+import inspect
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import theria
+from theria import cli, decoder
+from theria.attention.contract import BACKENDS
+from theria.meta.gradients import ESTIMATORS
+from theria.records import Record, from_json
+
+TINY = dict(tasks=2, depths=[1, 2], seeds=1, outer_steps=2, meta_batch=2, test_tasks=4)
+ROOT = Path(theria.__file__).parents[1]
+COMMANDS = ["contract", "audit", "train-decoder", "maml"]
+
+
+@pytest.fixture
+def call(capsys):
+    "Call the command in this process: exit code, stdout, stderr."
+    def call(*argv):
+        with pytest.raises(SystemExit) as e: cli.main([str(a) for a in argv])
+        return e.value.code, *capsys.readouterr()
+    return call
+
+
+def process(*argv, root=ROOT, **kw):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    return subprocess.Popen([sys.executable, "-c", "from theria.cli import main; main()", *map(str, argv)], text=True, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+
+
+def contract(folder, **sizes):
+    return ["contract", "--out", folder, "--device", "cpu", "--backend", "reference", "--sizes", json.dumps({**TINY, **sizes})]
+
+
+# Help and completion
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], *([c, "--help"] for c in COMMANDS)])
+def test_help_reads_well(argv):
+    result = CliRunner().invoke(cli.app, argv)
+    assert result.exit_code == 0 and "Usage: theria" in result.stdout
+    assert all(c in result.stdout for c in (COMMANDS if argv in ([], ["--help"]) else argv[:1] if argv[0] in COMMANDS else []))
+    assert "--sizes" not in result.stdout and "Traceback" not in result.stdout
+
+
+def test_version(call): assert call("--version")[:2] == (0, f"theria {theria.__version__}\n")
+
+
+def test_the_command_itself_imports_neither_pytorch_nor_matplotlib():
+    code = "import sys, theria; a = set(sys.modules); import theria.cli; sys.stdout.write(' '.join(set(sys.modules) - a))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    new = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=env).stdout.split()
+    assert "theria.cli" in new and not {m.split(".")[0] for m in new} & {"torch", "matplotlib", "triton", "jinja2", "tqdm"}
+
+
+@pytest.mark.parametrize("words, expected", [("theria con", ["contract"]), ("theria contract --preset ", ["quick", "full"]),
+                                             ("theria maml --estimator FO", ["FO", "FO_STRICT"]), ("theria audit --dt", ["--dtype"])])
+def test_completion(words, expected):
+    env = dict(_THERIA_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1))
+    out = CliRunner().invoke(cli.app, [], prog_name="theria", env=env).stdout
+    assert out.split() == expected
+
+
+def test_names_in_the_help_are_those_of_the_package():
+    assert cli.BACKENDS == tuple(BACKENDS)
+    assert {e.lower() for e in ("FULL", "FO", "FO_STRICT")} <= set(ESTIMATORS)
+    assert all(isinstance(getattr(torch, d), torch.dtype) for d in cli.DTYPES)
+    flags = lambda f: {n: p.default for n, p in inspect.signature(f).parameters.items()}
+    assert flags(cli.train_decoder) == flags(decoder.command)
+
+
+# Bad values
+
+CUDA = [["contract", "--backend", "triton_fused"], ["contract", "--device", "cuda"], ["maml", "--device", "cuda"], ["train-decoder", "--device", "cuda"], ["audit", "reference", "--device", "cuda"]]
+BAD = [["contrakt"], ["--seed", "3"], ["contract", "extra"], ["contract", "--sed", "3"], ["contract", "--seed"],
+       ["contract", "--seed", "-1"], ["contract", "--seed", "1.5"], ["contract", "--seed", "x"], ["contract", "--seed", str(2**70)], ["contract", "--seed", str(2**63 - 1)],
+       ["contract", "--preset", "slow"], ["contract", "--preset", ""], ["contract", "--device", "tpu"], ["contract", "--device", "cuda:x"],
+       ["contract", "--backend", "flash9"], ["contract", "--sizes", "[]"], ["contract", "--sizes", '{"no": 1}'],
+       ["audit"], ["audit", "nothing"], ["audit", "a", "b"], ["audit", "no.py:f"], ["audit", "torch:nothing"], ["audit", "torch:Tensor"],
+       ["audit", "no_such_module:f"], ["audit", "reference", "--dtype", "int8"], ["audit", "reference", "--layout", "lbhd"],
+       ["audit", "reference", "--heads", "3", "--kv-heads", "2"], ["audit", "reference", "--lq", "0"], ["audit", "reference", "--json", "no/such/folder.json"],
+       ["audit", "sdpa-cudnn"], ["audit", "torch:relu"],
+       ["train-decoder", "--steps", "0"], ["train-decoder", "--seed", "-1"], ["train-decoder", "--n_heads", "5"], ["train-decoder", "--backend", "x"],
+       ["maml", "--data", "mnist"], ["maml", "--estimator", "SECOND"], ["maml", "--ways", "1"], ["maml", "--inner-lr", "0"], ["maml", "--inner-lr", "nan"],
+       ["maml", "--shots", "999"], ["maml", "--ways", "99999"]]
+
+
+@pytest.mark.parametrize("argv", BAD + ([] if torch.cuda.is_available() else CUDA), ids=" ".join)
+def test_a_bad_value_is_one_sentence(call, tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(*argv)
+    name = " ".join(["theria", *[a for a in argv[:1] if a in COMMANDS]])
+    assert (code, out) == (2, "")
+    assert re.fullmatch(re.escape(name) + r": got .+; .+: .+\.\n", err)   # one line: what was got; what is accepted: what to do
+    assert not list(tmp_path.glob("**/*.json"))
+
+
+def test_bad_values_offer_the_nearest_good_one(call):
+    assert "did you mean contract." in call("contrakt")[2]
+    assert "did you mean --seed." in call("contract", "--sed", "3")[2]
+    assert "did you mean quick." in call("contract", "--preset", "quik")[2]
+    assert "did you mean stats_detach." in call("audit", "stat_detach")[2]
+
+
+def test_out_must_be_a_folder_that_can_be_written(call, tmp_path):
+    (tmp_path/"file").write_text("mine")
+    for bad in (tmp_path/"file", tmp_path/"file"/"below"):
+        code, out, err = call("contract", "--out", bad)
+        assert (code, out) == (2, "") and err.startswith("theria contract: got --out=") and err.count("\n") == 1
+    assert (tmp_path/"file").read_text() == "mine"
+    if os.getuid():   # root may write anywhere
+        tmp_path.chmod(0o500)
+        assert call("contract", "--out", tmp_path/"new")[0] == 2
+        tmp_path.chmod(0o700)
+
+
+def test_an_unforeseen_error_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(decoder, "train_decoder", lambda *a, **k: 1/0)
+    with pytest.raises(ZeroDivisionError): cli.main(["train-decoder", "--device", "cpu"])
+
+
+def test_a_full_disk_is_a_sentence_and_not_a_refusal(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    code, out, err = call(*contract(tmp_path))
+    assert code == 1 and err.splitlines()[-1].startswith("theria contract: stopped because of") and "No space left on device" in err
+
+
+# The contract
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.refs, self.loads, self.unlabeled = [], set(), [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        for k, v in attrs:
+            if k == "id": self.ids.append(v)
+            if k in ("href", "xlink:href", "src", "srcset"): (self.refs.add(v[1:]) if v.startswith("#") else self.loads.append(v))
+        self.unlabeled += tag == "svg" and not dict(attrs).get("aria-label")
+
+
+def test_contract_writes_a_report_that_needs_nothing_else_and_a_result_file(call, tmp_path):
+    code, out, err = call(*contract(tmp_path))
+    assert code == 0 and "Result file:" in out and "unsafe" in out
+    rows = from_json((tmp_path/"contract.json").read_text())["rows"]
+    parts = [r["key"]["part"] for r in rows]
+    assert [parts.count(p) for p in ("audit", "path", "orders", "damage", "training")] == [9, 9, 4, 16, 3]
+    verdicts = {r["key"]["attention"]: r["value"]["audit"]["verdict"] for r in rows if r["key"]["part"] == "audit"}
+    assert verdicts.pop("reference") == "safe" and verdicts.pop("sdpa-flash") == "conditional" and verdicts.pop("sdpa-math") == "conditional"
+    assert set(verdicts.values()) == {"unsafe"} and len(verdicts) == 6
+    text = (tmp_path/"contract.html").read_text()
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids)) and page.refs <= set(page.ids) and not page.loads and not page.unlabeled
+    assert text.count("<svg") == 7 and "@import" not in text and "url(http" not in text
+    assert str(tmp_path) not in text and str(Path.home()) not in text
+
+    before = (tmp_path/"contract.json").stat().st_mtime_ns
+    assert call(*contract(tmp_path))[0] == 0                                       # again: nothing is computed
+    assert (tmp_path/"contract.json").stat().st_mtime_ns == before
+    (tmp_path/"contract.json").write_text((tmp_path/"contract.json").read_text()[:5000])
+    code, out, err = call(*contract(tmp_path, seeds=1))                            # damaged: named, kept, computed again
+    assert code == 0 and "contract.json is damaged" in err and "kept aside as contract.damaged-1.json" in err
+    assert len((tmp_path/"contract.damaged-1.json").read_text()) == 5000
+    assert len(from_json((tmp_path/"contract.json").read_text())["rows"]) == len(rows)
+
+
+def test_other_parameters_share_the_file_but_not_the_rows(tmp_path):
+    from theria.meta.safety import run_contract
+    sizes = dict(TINY, depths=(1,), out=tmp_path, device="cpu", backend="reference", progress=False)
+    a, b = (run_contract(seed=s, **sizes) for s in (0, 1))
+    assert len(a.record) == len(b.record) and len(b.record.rows(every_run=True)) == 2*len(b.record)
+    error = lambda c: c.record[dict(part="damage", attention="stats_detach", K=1)]["error"]
+    assert error(a) != error(b)
+
+
+def test_interrupted_twice_loses_nothing_and_resumes(tmp_path):
+    argv, kept = contract(tmp_path, tasks=3), 0
+    root = shutil.copytree(ROOT/"theria", tmp_path/"code"/"theria").parent   # rows stand only as long as the source does: nobody edits this copy
+    for _ in range(2):
+        p, path = process(*argv, root=root, cwd=root), tmp_path/"contract.json"
+        deadline = time.time() + 60
+        while time.time() < deadline and (len(Record(path).rows(every_run=True)) if path.exists() else 0) < kept + 3: time.sleep(.02)
+        p.send_signal(signal.SIGINT)
+        err = p.communicate(timeout=60)[1]
+        last = err.replace("\r", "\n").splitlines()[-1]
+        m = re.fullmatch(r"theria contract: interrupted with (\d+) of (\d+) pieces finished; they are kept in .*contract\.json: "
+                         r"run the same command again to continue\.", last.strip())
+        assert p.returncode == 130 and m and "Traceback" not in err
+        rows = from_json(path.read_text())["rows"]
+        assert int(m[1]) == len(rows) >= kept + 3
+        kept = len(rows)
+    p = process(*argv, root=root, cwd=root)
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == 0 and int(m[2]) == len(from_json(path.read_text())["rows"])
+    assert from_json(path.read_text())["rows"][:kept] == rows                      # the finished ones were not computed again
+    assert "process 2" in (tmp_path/"contract.html").read_text()                   # and the report names every process
+
+
+def test_data_that_are_missing_are_left_out_and_named(tmp_path, monkeypatch, capsys):
+    from theria.meta.safety import run_contract
+    (tmp_path/"data"/"omniglot").mkdir(parents=True)
+    (tmp_path/"data"/"omniglot"/"images_background.zip").write_text("broken")
+    monkeypatch.setenv("THERIA_DATA", str(tmp_path/"data"))
+    c = run_contract(out=tmp_path, device="cpu", backend="reference", progress=False, **{**TINY, "depths": (1,), "data": ("glyphs", "omniglot")})
+    assert "Left out omniglot: got a damaged Omniglot archive" in capsys.readouterr().err
+    assert {r["data"] for r in c.record.rows(part="training")} == {"glyphs"} and "Omniglot and glyphs" not in c.report.read_text()
+
+
+# The audit
+
+@pytest.mark.parametrize("target, code", [("auto", 0), ("sdpa-math", 0), ("sdpa-flash", 0), ("torch.nn.functional:scaled_dot_product_attention", 0),
+                                          ("stats_detach", 1), ("theria.meta.variants:raw_kernel", 1)])
+def test_audit_says_with_its_exit_code_whether_something_is_silently_wrong(call, target, code):
+    got, out, err = call("audit", target)
+    assert (got, err) == (code, "") and ("wrong, silently" in out) == bool(code)
+
+
+THEIRS = '''
+import torch, helper
+def blhd(q, k, v, causal=False): return helper.attend(q, k, v, causal).clone(), None
+def detached(q, k, v): return torch.nn.functional.scaled_dot_product_attention(q, k, v).detach()
+'''
+HELPER = '''
+import torch
+def attend(q, k, v, causal):
+    o = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal)
+    return o.transpose(1, 2)
+'''
+
+
+def test_audit_of_a_file_of_ones_own(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"theirs.py").write_text(THEIRS), (tmp_path/"helper.py").write_text(HELPER)
+    code, out, err = call("audit", "theirs.py:blhd", "--layout", "blhd", "--causal", "--heads", "3", "--json", "found.json")
+    assert (code, err) == (0, "")
+    found = from_json((tmp_path/"found.json").read_text())
+    assert found["verdict"] == "conditional" and found["is_causal"] and found["problem"]["Hq"] == 3 and found["provenance"]["torch"]
+    assert str(tmp_path) not in (tmp_path/"found.json").read_text()
+    code, out, err = call("audit", tmp_path/"theirs.py:detached", "--json", "-")
+    assert code == 1 and from_json(out)["verdict"] == "unsafe"
+    (tmp_path/"theirs.py").write_text("raise SystemExit('no')")
+    code, out, err = call("audit", "theirs.py:blhd")
+    assert code == 2 and "SystemExit: no" in err and err.count("\n") == 1
+
+
+# Training
+
+def test_train_decoder(call):
+    code, out, err = call("train-decoder", "--steps", "2", "--device", "cpu", "--d-model", "16", "--n_heads", "2", "--backend", "reference")
+    assert (code, err) == (0, "") and "Loss decrease" in out and "backend reference on cpu" in out
+
+
+def test_maml_runs_and_is_kept(call, tmp_path):
+    argv = ["maml", "--estimator", "FO_STRICT", "--steps", "2", "--tasks", "2", "--device", "cpu", "--backend", "reference", "--out", tmp_path]
+    code, out, err = call(*argv)
+    assert code == 0 and "after 2 steps with fo_strict; guessing gives 20" in out
+    before = (tmp_path/"maml.json").stat().st_mtime_ns
+    assert call(*argv)[:2] == (0, out) and (tmp_path/"maml.json").stat().st_mtime_ns == before
