@@ -1,6 +1,16 @@
 "Scaled dot-product attention, exactly differentiable to second order, in both modes."
 __version__ = "0.1.0"
 
-from theria.attention.custom import sdpa_custom
+from importlib import import_module
 
-__all__ = ["sdpa_custom"]
+_HOME = {"audit": "theria.attention.audit", "sdpa_custom": "theria.attention.custom"}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    "PyTorch is imported when something of theria is first used, not before: `theria --help` need not wait for it."
+    if name not in _HOME: raise AttributeError(f"module 'theria' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__(): return [*globals(), *_HOME]
