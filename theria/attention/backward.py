@@ -15,6 +15,7 @@ from torch import Tensor
 from . import tuning
 from .forward import bias_kind, bias_strides, dropout, key_range, padded, place, precision, rows_contiguous, scale_log2
 from .reference import Grads
+from .launch import launch
 from .tiles import NO_BIAS, dot, factor, hide_and_bias, keep, load_lse2, load_tile, seed_of, store_tile
 
 # %% ../../nbs/attention/backward.ipynb #45ee1346
@@ -65,8 +66,9 @@ def _backward_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_dq, p_del
     dq = tl.zeros([BM, BD], tl.float32)
     dq = _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, k_l, v_l, bias_i, bias_j, i, i_drop, 0, full, scale2, Lq, Lk, seed, threshold, keep_scale,
                     D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, False, PRECISION)
-    dq = _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, k_l, v_l, bias_i, bias_j, i, i_drop, full, end, scale2, Lq, Lk, seed, threshold, keep_scale,
-                    D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
+    if full < end:
+        dq = _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, k_l, v_l, bias_i, bias_j, i, i_drop, full, end, scale2, Lq, Lk, seed, threshold, keep_scale,
+                        D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
     store_tile(p_dq + i_b*dq_b + i_h*dq_h + first*dq_l, dq*scale, r, d, dq_l, Lq - i0, D)
 
 # %% ../../nbs/attention/backward.ipynb #284aba9d
@@ -202,18 +204,17 @@ def backward(
     numbers = (scale_log2(scale), *dropout(seed, B, dropout_p))
     kw = dict(D=D, DV=Dv, BD=padded(D), BDV=padded(Dv), CAUSAL=is_causal, DROP=dropout_p > 0, PRECISION=precision(q.dtype))
     strides = lambda *xs: [s for x in xs for s in x.stride()[:3]]
-    cq, ckv = (config_q or tuning.lookup("backward_q", q, Dv, Lk, is_causal)), (config_kv or tuning.lookup("backward_kv", q, Dv, Lk, is_causal))
-    with torch.cuda.device_of(q):
-        _backward_q[(triton.cdiv(Lq, cq.BM)*B*Hq,)](
-            q, k, v, bias, seed, o, L, do, dL, dq, delta, *strides(q, k, v, o, do, dq), *bias_strides(bias), Hq, G, Lq, Lk, scale, *numbers,
-            BM=cq.BM, BN=cq.BN, BIAS=bias_kind(bias), HAS_DL=dL is not None, num_warps=cq.warps, num_stages=cq.stages, **kw)
-        _backward_kv[(triton.cdiv(Lk, ckv.BN)*B*Hkv,)](
-            q, k, v, bias, seed, L, do, delta, dk, dv, *strides(q, k, v, do, dk, dv), *bias_strides(bias), Hkv, G, Lq, Lk, scale, *numbers,
-            BM=ckv.BM, BN=ckv.BN, BIAS=bias_kind(bias), num_warps=ckv.warps, num_stages=ckv.stages, **kw)
-        if wants_bias and dbias.numel():
-            nb, nh, ni, nj = dbias.shape
-            cb = tuning.safe("tangent_q", max(padded(D), padded(Dv)), q.dtype.itemsize)
-            _backward_bias[(nb*nh*triton.cdiv(ni, cb.BM)*triton.cdiv(nj, cb.BN),)](
-                q, k, v, bias, seed, L, do, delta, dbias, *strides(q, k, v, do), *bias_strides(bias), B, Hq, G, Lq, Lk, *numbers, nb, nh, ni, nj,
-                SUM_I=ni < Lq, SUM_J=nj < Lk, BM=cb.BM, BN=cb.BN, num_warps=cb.warps, num_stages=1, **kw)
+    cq, ckv = (config_q or tuning.lookup("backward_q", q, Dv, Lk, is_causal, bias is None)), (config_kv or tuning.lookup("backward_kv", q, Dv, Lk, is_causal, bias is None))
+    launch(_backward_q, triton.cdiv(Lq, cq.BM)*B*Hq, (
+        q, k, v, bias, seed, o, L, do, dL, dq, delta, *strides(q, k, v, o, do, dq), *bias_strides(bias), Hq, G, Lq, Lk, scale, *numbers), cq,
+        BM=cq.BM, BN=cq.BN, BIAS=bias_kind(bias), HAS_DL=dL is not None, **kw)
+    launch(_backward_kv, triton.cdiv(Lk, ckv.BN)*B*Hkv, (
+        q, k, v, bias, seed, L, do, delta, dk, dv, *strides(q, k, v, do, dk, dv), *bias_strides(bias), Hkv, G, Lq, Lk, scale, *numbers), ckv,
+        BM=ckv.BM, BN=ckv.BN, BIAS=bias_kind(bias), **kw)
+    if wants_bias and dbias.numel():
+        nb, nh, ni, nj = dbias.shape
+        cb = tuning.safe("tangent_q", max(padded(D), padded(Dv)), q.dtype.itemsize)._replace(stages=1)
+        launch(_backward_bias, nb*nh*triton.cdiv(ni, cb.BM)*triton.cdiv(nj, cb.BN), (
+            q, k, v, bias, seed, L, do, delta, dbias, *strides(q, k, v, do), *bias_strides(bias), B, Hq, G, Lq, Lk, *numbers, nb, nh, ni, nj), cb,
+            SUM_I=ni < Lq, SUM_J=nj < Lk, BM=cb.BM, BN=cb.BN, **kw)
     return Grads(dq, dk, dv, dbias)

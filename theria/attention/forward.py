@@ -14,6 +14,7 @@ from torch import Tensor
 
 # %% ../../nbs/attention/forward.ipynb #4a76cebd
 from . import tuning
+from .launch import launch
 from .tiles import (ADD_BIAS, BOOL_BIAS, LN2, LOG2E, NO_BIAS, dot, factor, hide_and_bias, keep, keep_threshold, load_tile,
                                     online_softmax, seed_of, store_tile)
 
@@ -73,8 +74,9 @@ def _forward_kernel(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, q_b, q_h, q_l, k_b,
     full, end = key_range(i0, Lk, BM, BN, CAUSAL)
     a, m, l = _walk(a, m, l, q, p_k, p_v, p_bias, k_l, v_l, bias_i, bias_j, i, i_drop, 0, full, scale2, Lq, Lk, seed, threshold,
                     D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, False, PRECISION)
-    a, m, l = _walk(a, m, l, q, p_k, p_v, p_bias, k_l, v_l, bias_i, bias_j, i, i_drop, full, end, scale2, Lq, Lk, seed, threshold,
-                    D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
+    if full < end:
+        a, m, l = _walk(a, m, l, q, p_k, p_v, p_bias, k_l, v_l, bias_i, bias_j, i, i_drop, full, end, scale2, Lq, Lk, seed, threshold,
+                        D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
     safe = tl.where(l == 0., 1., l)
     store_tile(p_o + i_b*o_b + i_h*o_h + i0.to(tl.int64)*o_l, a*(keep_scale/safe)[:, None], r, dv, o_l, Lq - i0, DV)
     tl.store(p_L + i_bh.to(tl.int64)*Lq + i0 + r, (m + tl.log2(safe))*LN2, mask=i0 + r < Lq)
@@ -112,11 +114,10 @@ def forward(
     q, k, v, seed = *map(rows_contiguous, (q, k, v)), None if seed is None else seed.contiguous()
     o, L = q.new_empty(B, Hq, Lq, Dv), q.new_empty(B, Hq, Lq, dtype=torch.float32)
     if L.numel() == 0: return o, L
-    c = config or tuning.lookup("forward", q, Dv, Lk, is_causal)
-    with torch.cuda.device_of(q):
-        _forward_kernel[(triton.cdiv(Lq, c.BM)*B*Hq,)](
-            q, k, v, bias, seed, o, L, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *bias_strides(bias),
-            Hq, Hq//Hkv, Lq, Lk, scale_log2(scale), *dropout(seed, B, dropout_p),
-            D=D, DV=Dv, BD=padded(D), BDV=padded(Dv), BM=c.BM, BN=c.BN, BIAS=bias_kind(bias), CAUSAL=is_causal, DROP=dropout_p > 0,
-            PRECISION=precision(q.dtype), num_warps=c.warps, num_stages=c.stages)
+    c = config or tuning.lookup("forward", q, Dv, Lk, is_causal, bias is None)
+    launch(_forward_kernel, triton.cdiv(Lq, c.BM)*B*Hq, (
+        q, k, v, bias, seed, o, L, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *bias_strides(bias),
+        Hq, Hq//Hkv, Lq, Lk, scale_log2(scale), *dropout(seed, B, dropout_p)), c,
+        D=D, DV=Dv, BD=padded(D), BDV=padded(Dv), BM=c.BM, BN=c.BN, BIAS=bias_kind(bias), CAUSAL=is_causal, DROP=dropout_p > 0,
+        PRECISION=precision(q.dtype))
     return o, L

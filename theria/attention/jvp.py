@@ -14,6 +14,7 @@ from torch import Tensor
 # %% ../../nbs/attention/jvp.ipynb #e77a405c
 from . import tuning
 from .forward import bias_kind, bias_strides, dropout, key_range, padded, place, precision, rows_contiguous, scale_log2
+from .launch import launch
 from .tiles import NO_BIAS, dot, factor, hide_and_bias, keep, load_lse2, load_tile, seed_of, store_tile
 
 # %% ../../nbs/attention/jvp.ipynb #33c40375
@@ -94,8 +95,9 @@ def _jvp_kernel(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_tq, p_tk, p_tv, p_tbi
     a, r = tl.zeros([BM, BDV], tl.float32), tl.zeros([BM], tl.float32)
     a, r = _walk(a, r, q, tq, L2, p_k, p_v, p_bias, p_tk, p_tv, p_tbias, k_l, v_l, bias_i, bias_j, tk_l, tv_l, tbias_i, tbias_j, i, i_drop, 0, full,
                  scale, scale2, Lq, Lk, seed, threshold, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, False, HAS_TQ, HAS_TK, HAS_TV, HAS_TB, PRECISION)
-    a, r = _walk(a, r, q, tq, L2, p_k, p_v, p_bias, p_tk, p_tv, p_tbias, k_l, v_l, bias_i, bias_j, tk_l, tv_l, tbias_i, tbias_j, i, i_drop, full, end,
-                 scale, scale2, Lq, Lk, seed, threshold, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, HAS_TQ, HAS_TK, HAS_TV, HAS_TB, PRECISION)
+    if full < end:
+        a, r = _walk(a, r, q, tq, L2, p_k, p_v, p_bias, p_tk, p_tv, p_tbias, k_l, v_l, bias_i, bias_j, tk_l, tv_l, tbias_i, tbias_j, i, i_drop, full, end,
+                     scale, scale2, Lq, Lk, seed, threshold, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, HAS_TQ, HAS_TK, HAS_TV, HAS_TB, PRECISION)
     a *= keep_scale
     if not FROZEN:
         o = load_tile(p_o + i_b*o_b + i_h*o_h + first*o_l, m, dv, o_l, Lq - i0, DV, True, DV < BDV)
@@ -124,12 +126,11 @@ def jvp(
     L, seed = optional(Tensor.contiguous, L, seed)
     to, r = torch.empty_like(o, memory_format=torch.contiguous_format), torch.empty_like(L)
     if L.numel() == 0 or Lk == 0: return to.zero_(), r.zero_()
-    c = config or tuning.lookup("jvp", q, Dv, Lk, is_causal)
-    with torch.cuda.device_of(q):
-        _jvp_kernel[(triton.cdiv(Lq, c.BM)*B*Hq,)](
-            q, k, v, bias, seed, o, L, tq, tk, tv, tbias, to, r, *strides3(q, k, v, o, tq, tk, tv, to), *bias_strides(bias), *bias_strides(tbias),
-            Hq, Hq//Hkv, Lq, Lk, scale, scale_log2(scale), *dropout(seed, B, dropout_p),
-            D=D, DV=Dv, BD=padded(D), BDV=padded(Dv), BM=c.BM, BN=c.BN, BIAS=bias_kind(bias), CAUSAL=is_causal, DROP=dropout_p > 0,
-            HAS_TQ=tq is not None, HAS_TK=tk is not None, HAS_TV=tv is not None, HAS_TB=tbias is not None, FROZEN=stats == "frozen",
-            PRECISION=precision(q.dtype), num_warps=c.warps, num_stages=c.stages)
+    c = config or tuning.lookup("jvp", q, Dv, Lk, is_causal, bias is None)
+    launch(_jvp_kernel, triton.cdiv(Lq, c.BM)*B*Hq, (
+        q, k, v, bias, seed, o, L, tq, tk, tv, tbias, to, r, *strides3(q, k, v, o, tq, tk, tv, to), *bias_strides(bias), *bias_strides(tbias),
+        Hq, Hq//Hkv, Lq, Lk, scale, scale_log2(scale), *dropout(seed, B, dropout_p)), c,
+        D=D, DV=Dv, BD=padded(D), BDV=padded(Dv), BM=c.BM, BN=c.BN, BIAS=bias_kind(bias), CAUSAL=is_causal, DROP=dropout_p > 0,
+        HAS_TQ=tq is not None, HAS_TK=tk is not None, HAS_TV=tv is not None, HAS_TB=tbias is not None, FROZEN=stats == "frozen",
+        PRECISION=precision(q.dtype))
     return to, r

@@ -17,6 +17,7 @@ from .backward import query_range, store_bias_tile
 from .forward import bias_kind, bias_strides, dropout, key_range, padded, place, precision, rows_contiguous, scale_log2
 from .jvp import add_bias_tangent, optional, pair, pair_tangent, strides3
 from .reference import Grads
+from .launch import launch
 from .tiles import NO_BIAS, dot, factor, hide_and_bias, keep, load_lse2, load_tile, seed_of, store_tile
 
 # %% ../../nbs/attention/tangent_backward.ipynb #c590d5d6
@@ -99,9 +100,10 @@ def _tangent_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_tq, p_tk, 
     g = _walk_keys(g, q, tq, do, tdo, L2, r, delta, tdelta, p_k, p_v, p_tk, p_tv, p_bias, p_tbias, k_l, v_l, tk_l, tv_l, bias_i, bias_j, tbias_i, tbias_j,
                    i, i_drop, 0, full, scale, scale2, Lq, Lk, seed, threshold, keep_scale, D, DV, BD, BDV, BN,
                    BIAS, CAUSAL, DROP, False, HAS_TB, HAS_TQ, HAS_TK, HAS_TV, HAS_TDO, PRECISION)
-    g = _walk_keys(g, q, tq, do, tdo, L2, r, delta, tdelta, p_k, p_v, p_tk, p_tv, p_bias, p_tbias, k_l, v_l, tk_l, tv_l, bias_i, bias_j, tbias_i, tbias_j,
-                   i, i_drop, full, end, scale, scale2, Lq, Lk, seed, threshold, keep_scale, D, DV, BD, BDV, BN,
-                   BIAS, CAUSAL, DROP, True, HAS_TB, HAS_TQ, HAS_TK, HAS_TV, HAS_TDO, PRECISION)
+    if full < end:
+        g = _walk_keys(g, q, tq, do, tdo, L2, r, delta, tdelta, p_k, p_v, p_tk, p_tv, p_bias, p_tbias, k_l, v_l, tk_l, tv_l, bias_i, bias_j, tbias_i, tbias_j,
+                       i, i_drop, full, end, scale, scale2, Lq, Lk, seed, threshold, keep_scale, D, DV, BD, BDV, BN,
+                       BIAS, CAUSAL, DROP, True, HAS_TB, HAS_TQ, HAS_TK, HAS_TV, HAS_TDO, PRECISION)
     store_tile(p_g + i_b*g_b + i_h*g_h + first*g_l, g*scale, m, d, g_l, Lq - i0, D)
 
 # %% ../../nbs/attention/tangent_backward.ipynb #7d578b5f
@@ -236,20 +238,21 @@ def tangent_backward(
     biases = *bias_strides(bias), *bias_strides(tbias)
     kw = dict(D=D, DV=Dv, BD=padded(D), BDV=padded(Dv), CAUSAL=is_causal, DROP=dropout_p > 0, HAS_TB=tbias is not None, HAS_TQ=tq is not None,
               HAS_TK=tk is not None, HAS_TV=tv is not None, HAS_TDO=tdo is not None, PRECISION=precision(q.dtype))
-    cq, ckv = (config_q or tuning.lookup("tangent_q", q, Dv, Lk, is_causal)), (config_kv or tuning.lookup("tangent_kv", q, Dv, Lk, is_causal))
-    with torch.cuda.device_of(q):
-        _tangent_q[(triton.cdiv(Lq, cq.BM)*B*Hq,)](
-            q, k, v, bias, seed, o, L, do, dL, tq, tk, tv, tbias, tdo, tdL, to, r, gq, delta, tdelta,
-            *strides3(q, k, v, o, do, tq, tk, tv, tdo, to, gq), *biases, Hq, G, Lq, Lk, *numbers,
-            BM=cq.BM, BN=cq.BN, BIAS=bias_kind(bias), HAS_DL=dL is not None, HAS_TDL=tdL is not None, num_warps=cq.warps, num_stages=cq.stages, **kw)
-        _tangent_kv[(triton.cdiv(Lk, ckv.BN)*B*Hkv,)](
-            q, k, v, bias, seed, L, do, tq, tk, tv, tbias, tdo, r, delta, tdelta, gk, gv,
-            *strides3(q, k, v, do, tq, tk, tv, tdo, gk, gv), *biases, Hkv, G, Lq, Lk, *numbers,
-            BM=ckv.BM, BN=ckv.BN, BIAS=bias_kind(bias), num_warps=ckv.warps, num_stages=ckv.stages, **kw)
-        if wants_bias and gbias.numel():
-            nb, nh, ni, nj = gbias.shape
-            cb = tuning.safe("tangent_q", max(padded(D), padded(Dv)), q.dtype.itemsize)
-            _tangent_bias[(nb*nh*triton.cdiv(ni, cb.BM)*triton.cdiv(nj, cb.BN),)](
-                q, k, v, bias, seed, L, do, tq, tk, tv, tbias, tdo, r, delta, tdelta, gbias, *strides3(q, k, v, do, tq, tk, tv, tdo), *biases,
-                B, Hq, G, Lq, Lk, *numbers, nb, nh, ni, nj, SUM_I=ni < Lq, SUM_J=nj < Lk, BM=cb.BM, BN=cb.BN, num_warps=cb.warps, num_stages=1, **kw)
+    plain = bias is None and tdo is None
+    cq, ckv = (config_q or tuning.lookup("tangent_q", q, Dv, Lk, is_causal, plain)), (config_kv or tuning.lookup("tangent_kv", q, Dv, Lk, is_causal, plain))
+    launch(_tangent_q, triton.cdiv(Lq, cq.BM)*B*Hq, (
+        q, k, v, bias, seed, o, L, do, dL, tq, tk, tv, tbias, tdo, tdL, to, r, gq, delta, tdelta,
+        *strides3(q, k, v, o, do, tq, tk, tv, tdo, to, gq), *biases, Hq, G, Lq, Lk, *numbers), cq,
+        BM=cq.BM, BN=cq.BN, BIAS=bias_kind(bias), HAS_DL=dL is not None, HAS_TDL=tdL is not None, **kw)
+    launch(_tangent_kv, triton.cdiv(Lk, ckv.BN)*B*Hkv, (
+        q, k, v, bias, seed, L, do, tq, tk, tv, tbias, tdo, r, delta, tdelta, gk, gv,
+        *strides3(q, k, v, do, tq, tk, tv, tdo, gk, gv), *biases, Hkv, G, Lq, Lk, *numbers), ckv,
+        BM=ckv.BM, BN=ckv.BN, BIAS=bias_kind(bias), **kw)
+    if wants_bias and gbias.numel():
+        nb, nh, ni, nj = gbias.shape
+        cb = tuning.safe("tangent_q", max(padded(D), padded(Dv)), q.dtype.itemsize)._replace(stages=1)
+        launch(_tangent_bias, nb*nh*triton.cdiv(ni, cb.BM)*triton.cdiv(nj, cb.BN), (
+            q, k, v, bias, seed, L, do, tq, tk, tv, tbias, tdo, r, delta, tdelta, gbias, *strides3(q, k, v, do, tq, tk, tv, tdo), *biases,
+            B, Hq, G, Lq, Lk, *numbers, nb, nh, ni, nj), cb,
+            SUM_I=ni < Lq, SUM_J=nj < Lk, BM=cb.BM, BN=cb.BN, **kw)
     return Grads(gq, gk, gv, gbias)

@@ -39,7 +39,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def load_tile(p, rows, cols, stride, n_rows, n_cols, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):
     "rows × cols of the matrix at p, whose last stride is 1"
-    ptr = p + rows[:, None]*stride + cols[None, :]
+    ptr = p + (rows[:, None]*stride + cols[None, :])
     if CHECK_ROWS and CHECK_COLS: return tl.load(ptr, mask=(rows[:, None] < n_rows) & (cols[None, :] < n_cols), other=0.)
     if CHECK_ROWS: return tl.load(ptr, mask=rows[:, None] < n_rows, other=0.)
     if CHECK_COLS: return tl.load(ptr, mask=cols[None, :] < n_cols, other=0.)

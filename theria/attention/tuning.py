@@ -35,10 +35,10 @@ def table() -> dict: # op → "dtype D causal arch" → list
 
 # %% ../../nbs/attention/tuning.ipynb #1b5acf15
 @cache
-def _lookup(op, dtype, D, causal, capability):
-    major = f"sm_{capability[0]*10}" if capability else "interpreter"
+def _lookup(op, dtype, D, causal, plain, index): # index of the CUDA device, or None under the interpreter
+    arch = "interpreter" if index is None else f"sm_{torch.cuda.get_device_capability(index)[0]*10}"
     name = f"{str(dtype).removeprefix('torch.')} D{D}{' causal' if causal else ''}"
-    entry = table().get(major, {}).get(op, {}).get(name)
+    entry = plain and table().get(arch, {}).get(op, {}).get(name)
     return Config(*entry) if entry else safe(op, D, dtype.itemsize)
 
 def lookup(
@@ -47,7 +47,7 @@ def lookup(
     Dv:int, # features of v
     Lk:int, # keys
     is_causal:bool,
+    plain:bool=True, # no bias, and no tangent of dO: the problems the table was made for
 ) -> Config: # from the table, or the safe choice
     "The configuration for a problem."
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    return _lookup(op, q.dtype, max(16, 1 << (max(q.shape[-1], Dv) - 1).bit_length()), is_causal, capability)
+    return _lookup(op, q.dtype, max(16, 1 << (max(q.shape[-1], Dv) - 1).bit_length()), is_causal, plain, q.device.index if q.is_cuda else None)
