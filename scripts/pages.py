@@ -129,7 +129,42 @@ def process(tree):
     path = f"{stub.parent}{os.pathsep}{os.environ['PATH']}"
     # an interpreted kernel would lose its documentation
     status, output = nbdev("quarto.nbdev_proc_nbs(n_workers=2)", tree, TRITON_INTERPRET="0", PATH=path)
-    return None if status == 0 else output or "no output"
+    if status != 0: return output or "no output"
+    for page in notebook_paths(tree):
+        if (tree/"_proc"/page).exists(): arrange(tree/"_proc"/page)
+
+
+def arrange(file):
+    "Put what a processed page says of its definitions in front of the cell that shows them, and leave out what that cell says itself."
+    notebook = json.loads(file.read_text(encoding="utf-8"))
+    cells = [Cell(file.name, i + 1, raw) for i, raw in enumerate(notebook["cells"])]
+    documented = {match[1]: cell for cell in cells if (match := re.search(r"^show_doc\((\w+)\)", cell.code, re.MULTILINE))}
+    names = {cell.number: [node.name for node in cell.body if getattr(node, "name", None) in documented]
+             for cell in cells if cell.directives.get("code-fold") == "show"}  # so nbdev marks a cell that is exported and shown
+    moved = {documented[name].number for found in names.values() for name in found}
+    for number in names: mark_exported(cells[number - 1])
+    for name in documented: shorten(documented[name], name, whole=documented[name].number not in moved)
+    notebook["cells"] = [part.raw for cell in cells if cell.number not in moved
+                         for part in (*(documented[name] for name in names.get(cell.number, ())), cell)]
+    file.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def mark_exported(cell):
+    "Let styles.css know an exported cell, in place of the fold that nbdev puts around it."
+    code = re.sub(r"\A(\s*#\| code-(fold|summary):.*\n)+", "", cell.source)
+    cell.raw["source"] = ("#| classes: exported\n" + code).splitlines(keepends=True)
+
+
+def shorten(cell, name, whole):
+    "Documentation without a docstring that nobody wrote and, unless it is wanted whole, without what the source below shows: rule and signature."
+    for output in cell.outputs:
+        if "text/markdown" not in output.get("data", {}): continue
+        text = "".join(output["data"]["text/markdown"])
+        if not whole:
+            text = re.sub(r"^```python\n.*?^```\n*", "", text, count=1, flags=re.DOTALL | re.MULTILINE)
+            text = re.sub(r"\A---\n\n(\[source\].*)\n\n(#+ .*\n\n)", r"\2\1 ", text)
+        if re.search(rf"\*(Call self as a function\.|{name}\()", text): text = f"::: {{#{identifier(name)}}}\n:::\n"
+        output["data"]["text/markdown"] = text.splitlines(keepends=True)
 
 
 # Pages
@@ -250,15 +285,16 @@ def link_across(tree):
             if label not in owner or owner[label] is page: return match[0]
             there = posixpath.relpath(owner[label].path, posixpath.dirname(page.path) or ".")
             return f"[{owner[label].number(label)} in “{owner[label].title}”]({there}#{label})"
-        return outside_code(text, lambda part: REFERENCE.sub(change, part))
+        # a list of lines: Quarto would run the lines of a single string together
+        return outside_code("".join(text), lambda part: REFERENCE.sub(change, part)).splitlines(keepends=True)
 
     for page in pages.values():
         file = tree/"_proc"/page.path
         notebook = json.loads(file.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
-            if cell["cell_type"] == "markdown": cell["source"] = rewrite("".join(cell["source"]), page)
+            if cell["cell_type"] == "markdown": cell["source"] = rewrite(cell["source"], page)
             for output in cell.get("outputs", []):
-                if "text/markdown" in output.get("data", {}): output["data"]["text/markdown"] = rewrite("".join(output["data"]["text/markdown"]), page)
+                if "text/markdown" in output.get("data", {}): output["data"]["text/markdown"] = rewrite(output["data"]["text/markdown"], page)
         file.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

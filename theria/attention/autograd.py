@@ -32,7 +32,7 @@ class Link(Function):
 
 def run(name, *args): # the operator theria::name, or its implementation when nobody is watching
     watched = type(args[0]) is not torch.Tensor or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
-    return getattr(torch.ops.theria, name)(*args) if watched else ops.implementations[name](*args)
+    return getattr(torch.ops.theria, name)(*args) if watched else ops.IMPLEMENTATIONS[name](*args)
 
 # %% ../../nbs/attention/autograd.ipynb #95e6e7af
 class TangentBackward(Link):

@@ -13,13 +13,10 @@ import triton
 from .tuning import Config
 
 # %% ../../nbs/attention/launch.ipynb #f0fb6549
-def _pattern(x): # what Triton specializes on
-    if isinstance(x, torch.Tensor): return x.dtype, x.data_ptr() % 16 == 0
-    if isinstance(x, int): return x == 1, x % 16 == 0, -2**31 <= x < 2**31, x < 2**63
-    return type(x)
+def _key(x): return (x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x
 
 # %% ../../nbs/attention/launch.ipynb #efb68ca3
-_compiled = {}
+_compiled, _CAPACITY = {}, 10_000
 
 def launch(
     kernel, # a `triton.jit` function whose compile-time constants come last in its signature
@@ -35,7 +32,8 @@ def launch(
     index = args[0].device.index
     if index != torch.cuda.current_device():
         with torch.cuda.device(index): return launch(kernel, programs, args, config, **constants)
-    key = kernel, index, config, *constants.values(), *map(_pattern, args)
+    key = kernel, index, config, *constants.values(), *[_key(x) for x in args]
     found = _compiled.get(key)
-    if found is None: _compiled[key] = kernel[(programs,)](*args, **constants, num_warps=config.warps, num_stages=config.stages)
-    else: found[(programs, 1, 1)](*args, *(constants[n] for n in kernel.arg_names[len(args):]))
+    if found is not None: return found[(programs, 1, 1)](*args, *(constants[n] for n in kernel.arg_names[len(args):]))
+    if len(_compiled) >= _CAPACITY: _compiled.clear()
+    _compiled[key] = kernel[(programs,)](*args, **constants, num_warps=config.warps, num_stages=config.stages)

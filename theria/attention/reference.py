@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/attention/reference.ipynb #5712550c
-from .contract import ContractError
+from .contract import ContractError, _check_scale
 
 # %% ../../nbs/attention/reference.ipynb #ea2df3f4
 def attention(
@@ -28,19 +28,38 @@ def attention(
 ) -> tuple[np.ndarray, np.ndarray]: # output (…, Lq, Dv) and weights (…, Lq, Lk)
     "Attention in NumPy, returning the weights as well [@vaswani2017attention, eq. 1]."
     _check_numpy(query, key, value)
-    s = (query @ np.swapaxes(key, -1, -2))*(scale if scale is not None else 1/math.sqrt(query.shape[-1]))
-    if mask is not None: s = np.where(mask, s, -np.inf) if np.asarray(mask).dtype == bool else s + mask
+    s = (query @ np.swapaxes(key, -1, -2))*_check_scale(scale, query.shape[-1])
+    if mask is not None: s = np.where(mask, s, -np.inf) if _check_numpy_mask(mask, s) == bool else s + mask
     m = s.max(-1, keepdims=True, initial=np.finfo(s.dtype).min)
     e = np.exp(s - m)
     l = e.sum(-1, keepdims=True)
-    p = np.divide(e, l, out=np.zeros_like(e), where=l > 0)
+    p = np.divide(e, l, out=np.zeros_like(e), where=l != 0) # a NaN stays a NaN; a row of zeros stays one
     return p @ value, p
 
 # %% ../../nbs/attention/reference.ipynb #951d0a6a
+def _broadcast(*shapes): # their common shape, or None
+    try: return np.broadcast_shapes(*shapes)
+    except ValueError: return None
+
 def _check_numpy(q, k, v):
-    if min(np.ndim(q), np.ndim(k), np.ndim(v)) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
-        raise ContractError(f"got query {np.shape(q)}, key {np.shape(k)}, value {np.shape(v)}; accepted are (…, Lq, D), (…, Lk, D), (…, Lk, Dv): "
-                            "check the last two dimensions.")
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiu":
+            raise ContractError(f"got {name} of type {type(x).__name__} ({getattr(x, 'dtype', 'no dtype')}); accepted are arrays of real numbers: "
+                                "convert it with np.asarray.")
+    last = min(q.ndim, k.ndim, v.ndim) > 1 and q.shape[-1] == k.shape[-1] > 0 and k.shape[-2] == v.shape[-2]
+    if not last or _broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2]) is None:
+        raise ContractError(f"got query {q.shape}, key {k.shape}, value {v.shape}; accepted are (…, Lq, D), (…, Lk, D), (…, Lk, Dv) with D ≥ 1 and leading "
+                            "dimensions that broadcast: check the dimensions.")
+
+# %% ../../nbs/attention/reference.ipynb #04e4f471
+def _check_numpy_mask(mask, s): # its dtype
+    mask = np.asarray(mask)
+    if mask.dtype.kind not in "bf":
+        raise ContractError(f"got a mask of dtype {mask.dtype}; accepted are bool (True = attend) and floating point (added to the scores): "
+                            "write mask.astype(bool) for zeros and ones.")
+    if _broadcast(mask.shape, s.shape) != s.shape:
+        raise ContractError(f"got a mask of shape {mask.shape}; accepted is one that broadcasts to {s.shape}: check Lq and Lk.")
+    return mask.dtype
 
 # %% ../../nbs/attention/reference.ipynb #e1f8d7fd
 def repeat_heads(x, Hq): # (B, Hkv, L, D) -> (B, Hq, L, D)

@@ -55,7 +55,7 @@ def find_attention(
     "The attention that a name stands for."
     if target in BACKENDS: return partial(sdpa_custom, backend=resolve_backend(target, device))
     if target in SDPA or target in VARIANTS: return {**SDPA, **VARIANTS}[target]
-    if ":" in target: return load_attention(target)
+    if ":" in target or target.endswith(".py"): return load_attention(target)
     names = [*BACKENDS, *SDPA, *VARIANTS]
     near = get_close_matches(target, names, 1)
     raise ContractError(f"got the attention {target!r}; accepted are {', '.join(names)}, module:function and path/to/file.py:function: "
@@ -492,12 +492,14 @@ def _say_learning(lab, record, data):
     yield (f"Accuracy after adaptation: {percent(mean['none'])} before meta-training, {percent(mean[FO])} with FO, {percent(mean[FULL])} with FULL, mean over {n}. The paired difference "
            f"FULL − FO is {number(100*statistics.fmean(d for *_, d, _ in trials))} points{over}. Its 95 % interval over tasks lies above zero for {above} and below zero for {below} of {n}.")
     yield ("Both estimators were given the same number of steps, not the same time, and the same learning rates. A run as short as this compares how fast they start to learn, not where they "
-           "end. After full training on Omniglot, MAML and its first-order form are reported to differ clearly in 20-way 1-shot tasks and hardly in 5-way ones.")
+           "end. After full training on Omniglot, MAML and its first-order form are reported to differ clearly in 20-way 1-shot tasks and hardly in 5-way ones "
+           "(Finn et al., ICML 2017; Nichol et al., arXiv 1803.02999).")
 
 # %% ../../nbs/meta/safety.ipynb #e597bc83
 def _terms():
     yield ("Meta-learning trains the weights from which a network learns a task in K gradient steps, and so differentiates through those steps. The exact meta-gradient, *FULL*, needs the "
-           "derivative of a gradient through every layer; the first-order one, *FO*, leaves it out. Attention is where that derivative most often goes missing.")
+           "derivative of a gradient through every layer; the first-order one, *FO*, leaves it out. Attention is where that derivative can go missing, because its fast kernels were "
+           "written for training, which needs one derivative only.")
     yield ("An attention is *safe* if every derivative that was asked for is exact, *conditional* if some raise an error and none is silently wrong, and *unsafe* if one is "
            "silently wrong: a number comes back, and it is not the derivative.")
 
@@ -571,6 +573,14 @@ def _summarize(lab, record, page):
     for d in lab.preset.data: console.print(f"{d}: " + list(_say_learning(lab, record, d))[1], highlight=False, soft_wrap=True)
     console.print(f"Report: {os.path.relpath(page)}\nResult file: {os.path.relpath(record.path)}", highlight=False, soft_wrap=True)
 
+# %% ../../nbs/meta/safety.ipynb #d8c4a94f
+def _size(name, x, default): # x, if it is of the kind of the default
+    if isinstance(default, tuple) and isinstance(x, (list, tuple)) and x: return tuple(_size(name, item, default[0]) for item in x)
+    if isinstance(default, str): fits = x in ("glyphs", "omniglot")
+    else: fits = isinstance(default, (int, float)) and isinstance(x, (int, type(default))) and not isinstance(x, bool) and 0 < x < math.inf
+    if fits: return x
+    raise ContractError(f"got {name}={x!r}; accepted is a positive value of the kind of {default!r}: correct it.")
+
 # %% ../../nbs/meta/safety.ipynb #f75cf6c8
 class Contract(NamedTuple):
     "What a run leaves behind."
@@ -584,7 +594,7 @@ def _lab(preset, seed, device, backend, sizes, say):
         raise ContractError(f"got seed={seed!r}; accepted is an integer in [0, 2**62): choose another seed.")
     if unknown := sorted(set(sizes) - set(asdict(PRESETS[preset]))):
         raise ContractError(f"got the size {unknown[0]!r}; accepted are {', '.join(asdict(PRESETS[preset]))}: choose among them.")
-    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
+    sizes = {k: _size(k, v, asdict(PRESETS[preset])[k]) for k, v in sizes.items()}
     device = pick_device(device)
     return Lab(_with_data(replace(PRESETS[preset], **sizes), say), seed, device, resolve_backend(backend, device))
 
@@ -641,4 +651,4 @@ def _say_maml(lab, record, estimator):
     start, end = (record[dict(part="training", data=lab.preset.data[0], estimator=e, trial=lab.seed)] for e in ("none", estimator))
     show = lambda r: f"{percent(r['accuracy'])} ± {percent(r['interval'])}"
     print(f"Accuracy after adaptation on {lab.preset.test_tasks} unseen tasks (± 1.96 standard errors): {show(start)} before meta-training, {show(end)} after "
-          f"{lab.preset.outer_steps} steps with {estimator}; guessing gives {percent(1/lab.preset.ways, 0)}.\nResult file: {os.path.relpath(record.path)}")
+          f"{lab.preset.outer_steps} step{'s' if lab.preset.outer_steps > 1 else ''} with {estimator}; guessing gives {percent(1/lab.preset.ways, 0)}.\nResult file: {os.path.relpath(record.path)}")
