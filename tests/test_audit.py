@@ -197,6 +197,48 @@ def test_a_wrong_value_is_not_blamed_on_derivatives(fn, kw, says):
     assert a.verdict == "unsafe" and "another function" in a.summary
 
 
+@pytest.mark.parametrize("inside, asked", [(torch.float32, torch.float64), (torch.bfloat16, torch.float64), (torch.bfloat16, torch.float32)])
+def test_a_lower_precision_inside_is_named(inside, asked):
+    low = lambda q, k, v: plain(q.to(inside), k.to(inside), v.to(inside)).to(q.dtype)
+    assert f"if it computes in {str(inside).removeprefix('torch.')} inside" in audit(low, dtype=asked).summary
+    assert audit(low, dtype=inside, derivatives=["grad", "grad of grad"]).verdict == "safe"
+    assert "rounding" not in audit(lambda q, k, v: 1.1*plain(q, k, v), dtype=asked).summary
+
+
+def test_a_window_is_audited_against_a_window():
+    keep = lambda q, k: (torch.arange(q.shape[-2])[:, None] - torch.arange(k.shape[-2])).abs() <= 2
+    def windowed(q, k, v):
+        s = (q @ k.mT*q.shape[-1]**-.5).masked_fill(~keep(q, k), -torch.inf)
+        return torch.where(keep(q, k).any(-1, keepdim=True), s.softmax(-1), 0.) @ v
+    oracle = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=keep(q, k))  # PyTorch's fused kernel has no second derivative
+    rows = dict(ways=["autograd.grad", "backward", "torch.func"], Lq=7)
+    assert audit(windowed, oracle=oracle, **rows).verdict == "safe"
+    assert audit(lambda *x: windowed(*x).detach() + plain(*x) - plain(*x).detach(), oracle=oracle, **rows).verdict == "unsafe"
+
+
+def test_wrong_only_with_the_causal_triangle():
+    class Stale(torch.autograd.Function): # the backward drops the graph where there is a triangle
+        @staticmethod
+        def forward(ctx, q, k, v, causal):
+            ctx.save_for_backward(q, k, v)
+            ctx.causal = causal
+            return plain(q, k, v, causal)
+        @staticmethod
+        def backward(ctx, do):
+            with torch.enable_grad():
+                x = [t if not ctx.causal else t.detach() for t in ctx.saved_tensors]
+                x = [t.requires_grad_() if t.is_leaf else t for t in x]
+                return *torch.autograd.grad(plain(*x, ctx.causal), x, do, create_graph=not ctx.causal), None
+    def attend(q, k, v, is_causal=False): return Stale.apply(q, k, v, is_causal)
+    rows = dict(derivatives="grad of grad", ways=["autograd.grad", "backward"])
+    assert [audit(attend, is_causal=c, **rows).verdict for c in (False, True)] == ["safe", "unsafe"]
+
+
+def test_an_exit_is_a_finding():
+    def leaves(q, k, v): raise SystemExit(3)
+    assert audit(leaves).rows[0].outcome == RAISES
+
+
 def test_overwriting_an_input_is_found_and_the_rest_still_measured():
     def greedy(q, k, v):
         o = plain(q, k, v)

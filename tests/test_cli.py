@@ -88,6 +88,7 @@ BAD = [["contrakt"], ["--seed", "3"], ["contract", "extra"], ["contract", "--sed
        ["contract", "--seed", "-1"], ["contract", "--seed", "1.5"], ["contract", "--seed", "x"], ["contract", "--seed", str(2**70)], ["contract", "--seed", str(2**63 - 1)],
        ["contract", "--preset", "slow"], ["contract", "--preset", ""], ["contract", "--device", "tpu"], ["contract", "--device", "cuda:x"],
        ["contract", "--backend", "flash9"], ["contract", "--sizes", "[]"], ["contract", "--sizes", '{"no": 1}'],
+       ["contract", "--sizes", '{"tasks": 0}'], ["contract", "--sizes", '{"depths": []}'], ["contract", "--sizes", '{"data": ["mnist"]}'], ["audit", "mine.py"],
        ["audit"], ["audit", "nothing"], ["audit", "a", "b"], ["audit", "no.py:f"], ["audit", "torch:nothing"], ["audit", "torch:Tensor"],
        ["audit", "no_such_module:f"], ["audit", "reference", "--dtype", "int8"], ["audit", "reference", "--layout", "lbhd"],
        ["audit", "reference", "--heads", "3", "--kv-heads", "2"], ["audit", "reference", "--lq", "0"], ["audit", "reference", "--json", "no/such/folder.json"],
@@ -124,6 +125,26 @@ def test_out_must_be_a_folder_that_can_be_written(call, tmp_path):
         tmp_path.chmod(0o500)
         assert call("contract", "--out", tmp_path/"new")[0] == 2
         tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("argv", [["train-decoder"], ["audit", "reference"], ["contract"]], ids=" ".join)
+def test_an_early_interruption_says_so(call, tmp_path, monkeypatch, argv):
+    def interrupt(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.chdir(tmp_path)
+    for name in ("theria.decoder.train_decoder", "theria.attention.audit.audit", "theria.meta.safety.run_contract"): monkeypatch.setattr(name, interrupt)
+    assert call(*argv) == (130, "", f"theria {argv[0]}: interrupted before anything was finished.\n")
+
+
+def test_sizes_beyond_memory_are_one_sentence(call):
+    code, out, err = call("audit", "reference", "--lq", str(10**13))
+    assert (code, out) == (1, "") and re.fullmatch(r"theria audit: ran out of memory \(.+\); .+: choose smaller sizes\.\n", err)
+
+
+def test_a_page_that_cannot_be_replaced_is_named(call, tmp_path):
+    (tmp_path/"contract.html").mkdir()
+    code, out, err = call(*contract(tmp_path))
+    assert code == 1 and re.search(r"stopped because of \S*/contract\.html \(Is a directory\); rows that were finished are kept: .+\.\n$", err)
+    assert len(Record(tmp_path/"contract.json").rows(every_run=True)) > 10
 
 
 def test_an_unforeseen_error_keeps_its_traceback(monkeypatch):
@@ -254,6 +275,20 @@ def test_audit_of_a_file_of_ones_own(call, tmp_path, monkeypatch):
     (tmp_path/"theirs.py").write_text("raise SystemExit('no')")
     code, out, err = call("audit", "theirs.py:blhd")
     assert code == 2 and "SystemExit: no" in err and err.count("\n") == 1
+
+
+def test_audit_says_that_the_causal_triangle_was_not_asked_for(call, tmp_path):
+    (tmp_path/"theirs.py").write_text(THEIRS), (tmp_path/"helper.py").write_text(HELPER)
+    hint = "It has a causal switch, which was off: --causal audits it too.\n"
+    blhd = ["audit", tmp_path/"theirs.py:blhd", "--layout", "blhd"]
+    assert [hint in call(*argv)[1] for argv in (blhd, [*blhd, "--causal"], ["audit", tmp_path/"theirs.py:detached"])] == [True, False, False]
+    assert from_json(call(*blhd, "--json", "-")[1])["verdict"] == "conditional"
+
+
+def test_an_attention_that_exits_is_refused(call, tmp_path):
+    (tmp_path/"leaves.py").write_text("def attend(q, k, v): raise SystemExit(3)\n")
+    code, out, err = call("audit", tmp_path/"leaves.py:attend")
+    assert (code, out) == (2, "") and "cannot be called on this problem (SystemExit: 3)" in err
 
 
 # Training

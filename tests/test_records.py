@@ -108,6 +108,18 @@ def test_a_damaged_file_is_kept_aside_and_computed_again(tmp_path, harm):
     assert (tmp_path/"r.damaged-1.json").read_text() == "an earlier one"
 
 
+@pytest.mark.parametrize("old, new", [("0.125", "0.625"), ('"n": 2', '"n": 3'), ('"seed": 0', '"seed": 1'), ('"theria": "', '"theria": "9'), ('"seconds": null', '"seconds": 1'),
+                                      ('{"loss": 0.125}', "{}"), (', "seconds": null', "")])
+def test_a_row_that_was_changed_is_damage(tmp_path, old, new):
+    path, said = tmp_path/"r.json", []
+    for n in (1, 2): Record(path, dict(seed=0)).add(dict(n=n), dict(loss=1/4**n if n > 1 else .125))
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    r = Record(path, dict(seed=0), notify=said.append)
+    assert len(r) == 0 and len(said) == 1 and "r.damaged-1.json" in said[0] and (tmp_path/"r.damaged-1.json").exists()
+
+
 def test_damage_during_a_run_costs_no_row_of_that_run(tmp_path):
     said = []
     record = Record(tmp_path/"r.json", notify=said.append)

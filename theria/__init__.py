@@ -3,7 +3,8 @@ __version__ = "0.1.0"
 
 from importlib import import_module
 
-_HOME = {"audit": "theria.attention.audit", "sdpa_custom": "theria.attention.custom"}
+_HOME = {"audit": "theria.attention.audit", "FlashAttention": "theria.attention.flash", "flash_attention": "theria.attention.flash",
+         "sdpa_custom": "theria.attention.custom"}
 __all__ = list(_HOME)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOAT', 'FORMAT', 'encode', 'decode', 'to_json', 'identity', 'from_json', 'plain', 'public_command', 'git_state',
-           'source_hash', 'device_name', 'provenance', 'write_atomic', 'Damaged', 'Record']
+           'source_hash', 'device_name', 'provenance', 'write_atomic', 'seal', 'Damaged', 'Record']
 
 # %% ../nbs/records.ipynb #37c4f7f4
 import contextlib, fcntl, hashlib, json, math, os, platform, re, shlex, subprocess, sys, tempfile, time, uuid, warnings
@@ -153,6 +153,14 @@ def _locked(path):
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
+# %% ../nbs/records.ipynb #f83098b4
+def seal(
+    session:dict, # the session of the row
+    row:dict,     # key, value and seconds
+) -> str: # 8 hex digits
+    "What a row says, in short: any change to it gives another seal."
+    return hashlib.sha256(identity([session, row["key"], row["value"], row["seconds"]]).encode()).hexdigest()[:8]
+
 # %% ../nbs/records.ipynb #50af7917
 FORMAT = "theria-record-1"
 
@@ -167,7 +175,7 @@ def _dump(
 # %% ../nbs/records.ipynb #e604a7e8
 def _is_row(r, sessions):
     return (isinstance(r, dict) and isinstance(r.get("key"), dict) and isinstance(r.get("value"), dict)
-            and r.get("session") in sessions and isinstance(r.get("seconds"), (int, float, type(None))))
+            and r.get("session") in sessions and isinstance(r.get("seconds", ""), (int, float, type(None))) and isinstance(r.get("seal"), str))
 
 def _parse(text:str) -> tuple[dict, list]: # sessions and rows
     try: x = from_json(text)
@@ -178,6 +186,8 @@ def _parse(text:str) -> tuple[dict, list]: # sessions and rows
         isinstance(s, dict) and isinstance(s.get("run"), dict) and isinstance(s.get("provenance"), dict) for s in sessions.values()):
         raise ValueError("its sessions are incomplete")
     if not isinstance(rows, list) or not all(_is_row(r, sessions) for r in rows): raise ValueError("its rows are incomplete")
+    for i, r in enumerate(rows):
+        if r.pop("seal") != seal(sessions[r["session"]], r): raise ValueError(f"row {i + 1} is not what was written")
     return sessions, rows
 
 # %% ../nbs/records.ipynb #eeb73f4c
@@ -221,7 +231,7 @@ class _SharedFile:
 
     def remember(self, row):
         k = identity([self.sessions[row["session"]]["run"], row["key"]])
-        self.all_rows[k], self.lines[k] = row, to_json(row)
+        self.all_rows[k], self.lines[k] = row, to_json(dict(row, seal=seal(self.sessions[row["session"]], row)))
 
     def write(self, row):
         self.path.parent.mkdir(parents=True, exist_ok=True)

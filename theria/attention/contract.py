@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def resolve_backend(
 ) -> str: # the backend that will run: never "auto"
     "Choose the backend, or say why it cannot run."
     device = torch.device(device)
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ContractError(f"got backend={name!r}; accepted are {', '.join(BACKENDS)}: choose one of them.")
     if name == "auto":
         return "triton_full_fused" if fits and "triton_full_fused" in implementations and _runs_triton(device) else "reference"
@@ -77,18 +78,31 @@ def resolve_backend(
                                  "or newer, or TRITON_INTERPRET=1 set before import: move the tensors, or use backend='reference'.")
     return name
 
+# %% ../../nbs/attention/contract.ipynb #0a366bb5
+def _number(x): # as a float; NaN for what is no plain number
+    if isinstance(x, bool) or not isinstance(x, (Real, torch.SymInt, torch.SymFloat)): return math.nan
+    try: return float(x)
+    except OverflowError: return math.inf
+
 # %% ../../nbs/attention/contract.ipynb #3290776e
 def _check_scale(scale, D):
     if scale is None: return 1/math.sqrt(D) if D else 1.
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
+    if not 0 <= (sigma := _number(scale)) < math.inf:
         raise ContractError(f"got scale={scale!r}; accepted is a finite number ≥ 0, or None for 1/√D: pass a plain number (negate q for a negative one).")
-    return float(scale)
+    return sigma
 
 # %% ../../nbs/attention/contract.ipynb #ba89ae6a
 def _check_dropout(p):
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
+    if not 0 <= (rate := _number(p)) < 1:
         raise ContractError(f"got dropout_p={p!r}; accepted is a probability in [0, 1): pass 0.0 to switch dropout off.")
-    return float(p)
+    return rate
+
+# %% ../../nbs/attention/contract.ipynb #b488e3a8
+def _check_switches(**switches):
+    for name, on in switches.items():
+        if not isinstance(on, (bool, torch.SymBool)):
+            got = f"{name}={on!r}" if isinstance(on, (str, int, float, type(None))) else f"{name} of type {type(on).__module__}.{type(on).__name__}"
+            raise ContractError(f"got {got}; accepted are True and False: pass one of them.")
 
 # %% ../../nbs/attention/contract.ipynb #41c09927
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -96,7 +110,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def _check_tensors(q, k, v):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
-            raise ContractError(f"got {name} of type {type(x).__name__}; accepted are dense (strided) torch tensors: convert it first.")
+            what = f"type {type(x).__name__}" if not isinstance(x, Tensor) else f"layout {x.layout}{', nested' if x.is_nested else ''}"
+            raise ContractError(f"got {name} of {what}; accepted are dense (strided) torch tensors: convert it first.")
         if x.dim() < 2:
             raise ContractError(f"got {name} of rank {x.dim()} with shape {tuple(x.shape)}; accepted is (…, heads, length, D) or (length, D): "
                                 "add the missing dimensions.")
@@ -125,11 +140,10 @@ def _heads(q, k, v, enable_gqa):
             raise ContractError(f"got enable_gqa=True with {Hq} query, {Hk} key and {Hv} value heads; accepted are equal key and value heads "
                                 "that divide the query heads: repeat or drop heads.")
         return Hq, Hk
-    H = {h for h in (Hq, Hk, Hv) if h != 1} or {1}
-    if len(H) > 1:
+    H = next((h for h in (Hq, Hk, Hv) if h != 1), 1)
+    if not all(h in (1, H) for h in (Hq, Hk, Hv)):
         raise ContractError(f"got {Hq} query, {Hk} key and {Hv} value heads; accepted are equal numbers (or 1): "
                             "pass enable_gqa=True if groups of query heads share a key head.")
-    H = H.pop()
     return H, (1 if Hk == Hv == 1 else H)
 
 # %% ../../nbs/attention/contract.ipynb #a0543343
@@ -230,9 +244,10 @@ def check(
     stats:str="exact", # "exact" or "frozen"
     return_lse:bool=False, # is L wanted too?
     backend:str="auto", # a key of `BACKENDS`
-) -> tuple[Problem, Tensor, Tensor, Tensor, Tensor|None]: # the problem; q, k, v and mask as rank-4 views
+) -> tuple[Problem, Tensor, Tensor, Tensor, Tensor|None]: # the problem; q, k, v and mask in rank 4
     "Check a call once and normalize it; raises `ContractError`."
     q, k, v, attn_mask = _autocast(q, k, v, attn_mask)
+    _check_switches(is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)
     _check_tensors(q, k, v)
     _check_sizes(q, k, v)
     Hq, Hkv = _heads(q, k, v, enable_gqa)

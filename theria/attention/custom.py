@@ -6,6 +6,9 @@
 __all__ = ['sdpa_custom']
 
 # %% ../../nbs/attention/custom.ipynb #1b84d9f2
+from contextlib import nullcontext
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,11 +24,15 @@ def _draw(p): # Z: 0 with probability dropout_p, else 1/(1 - dropout_p), so that
     keep = torch.rand(p.B, p.Hq, p.Lq, p.Lk, dtype=dtype, device=p.device) >= p.dropout_p
     return keep.to(dtype)/(1 - p.dropout_p)
 
+# %% ../../nbs/attention/custom.ipynb #3984ba49
+def _as_they_are(device): # a context in which autocast leaves tensors alone; some devices (meta) have no autocast to switch off
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
 # %% ../../nbs/attention/custom.ipynb #dfa765a2
 @register_backend("reference")
 def _reference(p, q, k, v, mask):
     up = lambda x: x if x is None or x.dtype == torch.bool else x.to(torch.promote_types(p.dtype, torch.float32))
-    with torch.autocast(p.device.type, enabled=False):
+    with _as_they_are(p.device.type):
         q, k, v, mask, drop = up(q), up(k), up(v), up(mask), _draw(p)
         f = reference.forward if p.stats == "exact" else _frozen
         o, L = f(q, k, v, mask, scale=p.scale, is_causal=p.is_causal, drop=drop)
@@ -72,6 +79,20 @@ def _full_fused(p, q, k, v, mask):
     from theria.attention.autograd import attend
     seed = torch.randint(2**63 - 1, (1,), device=p.device) if p.dropout_p else None
     return attend(q, k, v, mask, seed, p.scale, p.is_causal, p.dropout_p, p.stats)
+
+# %% ../../nbs/attention/custom.ipynb #53f5fab2
+def _unfused(fast, p, q, k, v, mask):
+    from theria.attention.unfused import attend_unfused
+    return attend_unfused(q, k, v, mask, _draw(p), p.scale, p.is_causal, p.stats, p.return_lse, fast)
+
+register_backend("triton_ref")(partial(_unfused, False))
+register_backend("triton_fast")(partial(_unfused, True))
+
+@register_backend("triton_fused")
+def _fused(p, q, k, v, mask):
+    from theria.attention.unfused import attend_fused
+    seed = torch.randint(2**63 - 1, (1,), device=p.device) if p.dropout_p else None
+    return attend_fused(q, k, v, mask, seed, p.scale, p.is_causal, p.dropout_p, p.stats)
 
 # %% ../../nbs/attention/custom.ipynb #dc28d515
 def sdpa_custom(

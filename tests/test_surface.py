@@ -1,0 +1,221 @@
+"""Random problems over the whole argument surface: value, gradients, forward mode and double backward against the reference in float64.
+
+On a CPU a few tiny problems run through Triton's interpreter. `pytest -m gpu tests/test_surface.py` runs 2,000 (THERIA_SURFACE for another number) in one process
+per core, because most of the time goes into compiling.
+"""
+import json
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from theria import sdpa_custom
+from theria.attention import reference, unfused  # registers the operators
+from theria.attention.contract import TOLERANCE, check, rel_err
+from theria.attention.custom import _draw
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = (torch.float32, torch.float16) + CUDA*(torch.bfloat16,)  # the interpreter's bf16 is not the hardware's
+FEATURES = ((1, 7), (16, 16), (20, 100), (33, 8), (64, 64), (100, 20), (128, 128), (256, 40))
+LONGEST, MANY = (300, 3) if CUDA else (24, 2)
+
+
+# What is drawn: a variant is what kernels are compiled for, so many problems share one
+
+@dataclass(frozen=True)
+class Variant:
+    dtype:torch.dtype; features:tuple; rank:int; groups:int; mask:str|None; mask_dtype:torch.dtype; mask_varies:tuple; dead:bool; dropout_p:float
+    layouts:tuple; lengths:tuple; wants_L:bool
+
+
+@dataclass(frozen=True)
+class Problem:
+    B:int; Hkv:int; Lq:int; Lk:int; scale:float|None; seed:int
+
+
+@st.composite
+def variants(draw):
+    pick = lambda *xs: draw(st.sampled_from(xs))
+    rank, dtype = pick(4, 4, 4, 2, 3, 5), pick(*DTYPES)
+    layouts = tuple(pick("contiguous", "contiguous", "heads inside", "columns", "sliced", "expanded") for _ in range(4))
+    return Variant(dtype, pick(*FEATURES), rank, 1 if rank == 2 else pick(1, 1, 2, 3), pick(None, "causal", "bool", "additive"), pick(dtype, torch.float32),
+                   tuple(pick(True, False) for _ in range(rank)), pick(False, True), pick(0., 0., 0.3), layouts,
+                   (pick("odd", "odd", "even", "one"), pick("odd", "odd", "even", "one")), pick(False, True))
+
+
+@st.composite
+def problems(draw, variant):
+    def length(kind):
+        if kind == "one": return 1
+        n = draw(st.integers(0, LONGEST//16))*16
+        return n if kind == "even" else n + draw(st.integers(2, 15))
+    heads = 1 if variant.rank == 2 else draw(st.integers(1, MANY))
+    return Problem(draw(st.integers(1, MANY)), heads, *map(length, variant.lengths), draw(st.sampled_from((None, None, 0., 0.3, 1.7))), draw(st.integers(0, 2**31)))
+
+
+# Tensors of a problem
+
+def shapes(c, p): # q, k, v, o; the batch dimensions of rank 5 broadcast
+    D, Dv = c.features
+    lead = {2: lambda H, n: (), 3: lambda H, n: (H,), 4: lambda H, n: (p.B, H), 5: lambda H, n: ((2, 1), (1, p.B), (2, p.B), (2, p.B))[n] + (H,)}[c.rank]
+    Hq = p.Hkv*c.groups
+    return (*lead(Hq, 0), p.Lq, D), (*lead(p.Hkv, 1), p.Lk, D), (*lead(p.Hkv, 2), p.Lk, Dv), (*lead(Hq, 3), p.Lq, Dv)
+
+
+def laid_out(x, how):
+    if how == "heads inside" and x.dim() > 2: return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+    if how == "columns": return x.mT.contiguous().mT
+    if how == "sliced": return F.pad(x, (0, 3))[..., :x.shape[-1]]
+    if how == "expanded" and x.shape[-2]: return x[..., :1, :].expand_as(x)
+    return x
+
+
+def mask_of(c, p, full, rand): # additive, boolean or none; now and then rows that see nothing
+    if c.mask in (None, "causal"): return None
+    shape = [n if varies else 1 for n, varies in zip(full, c.mask_varies)]
+    hidden = rand(shape) > 0.8
+    if c.dead and hidden.numel(): hidden[..., :1, :] = True
+    if c.mask == "bool": return ~hidden
+    return rand(shape).to(c.mask_dtype).masked_fill(hidden, -math.inf)
+
+
+@dataclass
+class Case:
+    "Inputs, cotangents, tangents and cotangents of gradients, and the call."
+    x:list; do:torch.Tensor; dL:torch.Tensor|None; t:list; u:list; mask:torch.Tensor|None; kw:dict; seed:int
+
+    def to(self, dtype):
+        cast = lambda x: x if x is None or x.dtype == torch.bool else x.to(dtype)
+        return Case(*([*map(cast, v)] if isinstance(v, list) else cast(v) for v in (self.x, self.do, self.dL, self.t, self.u, self.mask)), self.kw, self.seed)
+
+
+def case_of(c, p):
+    g = torch.Generator().manual_seed(p.seed)
+    rand = lambda s: torch.randn(s, generator=g).to(DEVICE)
+    *qkv, out = shapes(c, p)
+    x, do = [laid_out(rand(s).to(c.dtype), how) for s, how in zip(qkv, c.layouts)], laid_out(rand(out).to(c.dtype), c.layouts[3])
+    mask = mask_of(c, p, (*out[:-1], p.Lk), rand)
+    if mask is not None and mask.dtype != torch.bool: x.append(mask)
+    like = lambda: [rand(y.shape).to(y.dtype) for y in x]
+    kw = dict(scale=p.scale, is_causal=c.mask == "causal", dropout_p=c.dropout_p, enable_gqa=c.groups > 1)
+    return Case(x, do, rand(out[:-1]) if c.wants_L else None, like(), like(), mask, kw, p.seed)
+
+
+# The callables: ours, and the reference in a given precision, whole or with its statistics frozen
+
+def ours(backend, case, q, k, v, bias=None):
+    torch.manual_seed(case.seed)
+    return sdpa_custom(q, k, v, case.mask if bias is None else bias, return_lse=True, backend=backend, **case.kw)
+
+
+def zeros_and_ones(backend, p, seed): # the dropout matrix that a backend will use
+    if not p.dropout_p: return None
+    torch.manual_seed(seed)
+    if backend in ("triton_ref", "triton_fast"): return _draw(p)
+    return torch.ops.theria.dropout_mask(torch.randint(2**63 - 1, (1,), device=p.device), p.B, p.Hq, p.Lq, p.Lk, p.dropout_p)
+
+
+def formula(backend, inside, frozen, case, q, k, v, bias=None): # o, L with the dtype of q outside and `inside` inside
+    p, q, k, v, mask = check(q, k, v, case.mask if bias is None else bias, return_lse=True, backend="reference", **case.kw)
+    up = lambda x: x if x is None or x.dtype == torch.bool else x.to(inside)
+    q, k, v, mask, drop = map(up, (q, k, v, mask, zeros_and_ones(backend, p, case.seed)))
+    if frozen:
+        s = reference.scores(q, k, mask, scale=p.scale, is_causal=p.is_causal)
+        w = reference.probabilities(s, reference.logsumexp(s).detach())
+        o, L = reference.weigh(w, drop) @ reference.repeat_heads(v, p.Hq), w.sum(-1)
+    else: o, L = reference.forward(q, k, v, mask, scale=p.scale, is_causal=p.is_causal, drop=drop)
+    return o.to(p.dtype).reshape(*p.lead, p.Lq, p.Dv), L.reshape(*p.lead, p.Lq)
+
+
+def derivatives(f, case):
+    "Everything up to second order, by name."
+    f = partial(f, case)
+    x = [y.detach().requires_grad_() for y in case.x]
+    cot = [y.detach().requires_grad_() for y in (case.do, case.dL) if y is not None]
+    outs = f(*x)
+    first = torch.autograd.grad(outs[:len(cot)], x, cot, create_graph=True)
+    second = torch.autograd.grad(first, [*x, *cot], case.u, materialize_grads=True)
+    apart = tuple(y.contiguous() if 0 in y.stride() else y for y in case.x)  # dual numbers may not share memory
+    tangents = torch.func.jvp(f, apart, tuple(case.t))[1]
+    names = ["q", "k", "v", "bias"][:len(x)]
+    found = zip(["o", "L", *(f"d{n}" for n in names), *(f"g{n}" for n in names), "gdo", "gdL"][:2 + 2*len(x) + len(cot)], [*outs, *first, *second])
+    return {n: y.detach() for n, y in [*found, ("to", tangents[0]), ("tL", tangents[1])]}
+
+
+# The judgment: an error is relative to the true derivative, or where that vanishes by cancellation (a single key, say) to what the derivative would be if the
+# row statistics stood still, which is the same sum before the cancellation; the limit is twice the error of the formula with PyTorch's precision
+
+def failures(backend, c, p):
+    case = case_of(c, p)
+    wide = case.to(torch.float64)
+    truth = derivatives(partial(formula, backend, torch.float64, False), wide)
+    size = derivatives(partial(formula, backend, torch.float64, True), wide)
+    plain = derivatives(partial(formula, backend, torch.float32, False), case)
+    got, bad = derivatives(partial(ours, backend), case), []
+    if list(got) != list(truth): bad.append(f"got {list(got)}")
+    for name, y in truth.items():
+        if name == "L":
+            if not torch.equal(got[name].isneginf(), y.isneginf()): bad.append("L is -inf elsewhere")
+            y, got[name], plain[name] = (z.nan_to_num(neginf=0.) for z in (y, got[name], plain[name]))
+            scale = max(y.norm(), math.sqrt(y.numel()))
+        else: scale = max(y.norm(), size[name].norm())
+        absolute = lambda z: (z.double() - y).norm().item()/(float(scale) or 1.)
+        tolerance = TOLERANCE[torch.float32 if name in ("L", "tL", "gdL") and c.dtype == torch.float32 else c.dtype]
+        limit = max(2*absolute(plain[name]) + 1e-6, tolerance)
+        if got[name].shape != y.shape or not absolute(got[name]) <= limit: bad.append(f"{name}: {absolute(got[name]):.1e} above {limit:.1e}")
+    return [f"{c} {p} {b}" for b in bad]
+
+
+def search(backend, n, each, **options):
+    "What fails among n different problems, `each` to a variant. Hypothesis repeats itself, so it is given more tries than it needs."
+    seen, bad = set(), []
+    @settings(max_examples=8*-(-n//each), deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), **options)
+    @given(st.data())
+    def one(data):
+        variant = data.draw(variants())
+        for case in [(variant, data.draw(problems(variant))) for _ in range(each)]:
+            if case in seen or len(seen) == n: continue
+            seen.add(case)
+            bad.extend(failures(backend, *case))
+    return one, seen, bad
+
+
+@pytest.mark.parametrize("backend, n", [("triton_full_fused", 15), ("triton_fused", 5), ("triton_ref", 5), ("triton_fast", 5)])
+def test_random_problems(backend, n):
+    one, seen, bad = search(backend, n, 1)
+    one()
+    assert bad == [] and len(seen) == n
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend, share", [("triton_full_fused", 1), ("triton_fused", 8), ("triton_ref", 8), ("triton_fast", 8)])
+def test_many_random_problems(backend, share):
+    total, cores = int(os.environ.get("THERIA_SURFACE", "2000"))//share, min(os.cpu_count(), 16)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    def run(shard):
+        done = subprocess.run([sys.executable, __file__, backend, str(shard), str(-(-total//cores))], capture_output=True, text=True, env=env)
+        return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else dict(done=0, failures=[f"worker {shard}: {done.stderr[-2000:]}"])
+    with ThreadPoolExecutor(cores) as pool: results = list(pool.map(run, range(cores)))
+    bad = [b for r in results for b in r["failures"]]
+    assert bad == [], f"{len(bad)} failures"
+    assert sum(r["done"] for r in results) >= total
+
+
+def worker(backend, shard, n):
+    one, seen, bad = search(backend, n, 16)
+    seed(shard)(one)()
+    print(json.dumps(dict(done=len(seen), failures=bad)))
+
+
+if __name__ == "__main__": worker(sys.argv[1], *map(int, sys.argv[2:]))
