@@ -403,7 +403,7 @@ def test_a_plan_is_printed_anywhere(call):
 def test_a_run_on_the_cpu_is_kept_shown_and_not_repeated(call, tmp_path):
     code, out, err = call("sdpa", *SMALL, "--contenders", "reference,sdpa", "--out", tmp_path)
     path = tmp_path/"bench-sdpa.json"
-    assert code == 0 and "forward+backward, called from Python" in out and "Result file: " in out and "Traceback" not in err
+    assert code == 0 and "forward+backward in float32, called from Python" in out and "Result file: " in out and "Traceback" not in err
     before, rows = path.stat().st_mtime_ns, [r for r in from_json(path.read_text())["rows"] if r["key"]["part"] == "time"]
     assert len(rows) == len(FIRST)*2 and all(r["value"]["failure"] is None for r in rows)
     assert call("sdpa", *SMALL, "--contenders", "reference,sdpa", "--out", tmp_path)[0] == 0 and path.stat().st_mtime_ns == before

@@ -14,7 +14,7 @@ from theria import audit, sdpa_custom
 from theria.attention.contract import TOLERANCE, rel_err
 
 STEPS = ("triton_ref", "triton_fast", "triton_fused")
-SHARED = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes a program may use
+SHARED = {80: 101_376, 90: 232_448}  # bytes a program may use; the smallest of the 8.x family decides
 
 
 def compile_all():
@@ -24,7 +24,7 @@ def compile_all():
     from theria.attention import gate, unfused
     gate._POINTERS["p_s"] = "fp32"
     problems = [(unfused._scores_plain, "float16", 4, None), (unfused._scores_plain, "float32", 4, None)]
-    problems += [(unfused._scores_tuned, dtype, size, D) for (dtype, size), D in product((("bfloat16", 2), ("float32", 4)), (33, 64, 128, 256))]
+    problems += [(unfused._scores_tuned, dtype, size, D) for (dtype, size), D in product((("bfloat16", 2), ("float32", 4)), (33, 128, 256))]
     for arch, (kernel, dtype, size, D) in product(SHARED, problems):
         BD = unfused.padded(D or 32)
         c = unfused.tuned(BD, size) if D else unfused.PLAIN
@@ -38,7 +38,7 @@ def test_kernels_compile_and_fit(tmp_path):
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == ["compiled 30"]
+    assert done.stdout.splitlines() == ["compiled 16"]
 
 
 def derivatives(attend, x, do, u):

@@ -621,9 +621,11 @@ def comparison(
         lines.append(dict(case=str(case), dtype=case.dtype, **{c: _cell(by.get(c)) for c in order}, faster=times/own["p50"] if times and own["p50"] else None,
                           executed=own["executed"], share=percent(own["tflops"]/ceiling, 0) if ceiling and own["tflops"] else None, memory=_bytes(own["memory"]),
                           theirs=_bytes(_best(rest, "memory")), error=own["error"], their_error=_best(rest, "error")))
-    columns = dict(case="case", dtype="type", **{c: c for c in order}, faster=f"best other ÷ {first}", executed="TFLOP/s executed", share="share of matmul",
-                   memory="MiB", theirs="others' least", error="error", their_error="others' least")
-    return Table(lines, columns, f"{name}, {'as a CUDA graph' if mode == 'graph' else 'called from Python'}: median time in ms, and TFLOP/s for {NEEDED[name]} products.")
+    types = {case.dtype for case in cases}
+    columns = dict(case="case", **dict(dtype="type") if len(types) > 1 else {}, **{c: c for c in order}, faster=f"best other ÷ {first}", executed="TFLOP/s executed",
+                   share="share of matmul", memory="MiB", theirs="others' least", error="error", their_error="others' least")
+    how = "as a CUDA graph" if mode == "graph" else "called from Python"
+    return Table(lines, columns, f"{name} in {' and '.join(sorted(types))}, {how}: median time in ms, and TFLOP/s for {NEEDED[name]} products.")
 
 # %% ../nbs/bench.ipynb #5f76de63
 def to_terminal(table:Table, width:int|None=None):
@@ -633,9 +635,10 @@ def to_terminal(table:Table, width:int|None=None):
     from rich.table import Table as Rich
     shown = {c: h for c, h in table.columns.items() if any(r.get(c) not in (None, "") for r in table.rows)}
     rich = Rich(title=table.caption, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for c, heading in shown.items(): rich.add_column(heading, justify="left" if c in ("case", "dtype") else "right", no_wrap=c == "case")
-    for r in table.rows: rich.add_row(*(number(r.get(c)) for c in shown))
-    Console(width=width or (None if sys.stdout.isatty() else 180)).print(rich)
+    cells = [[number(r.get(c)) for c in shown] for r in table.rows]
+    for (c, heading), column in zip(shown.items(), zip(*cells)): rich.add_column(heading, justify="left" if c in ("case", "dtype") else "right", min_width=max(map(len, column)))
+    for row in cells: rich.add_row(*row)
+    Console(width=width or (None if sys.stdout.isatty() else 240)).print(rich)
 
 # %% ../nbs/bench.ipynb #ca918eeb
 def latest(rows:list) -> list:
@@ -834,7 +837,7 @@ def run_plan(
     try:
         record.once(dict(part="ceilings"), lambda: ceilings(bench.watch) if bench.watch.cuda else dict(matmul=None, copy=None))
         call_ahead(compile_ahead([w for w in plan if bench.missing(w)]), device, processes, say)
-        unfinished = work_through(bench, plan, left(), show)
+        unfinished = work_through(bench, plan, left() - min(15, .2*seconds), show) # the rest of the time is for the names
         name_kernels(bench, plan, left())
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; finished rows are kept in {os.path.relpath(record.path)}: run the same command again to continue.") from None
@@ -1074,6 +1077,7 @@ def run_tune(
 ) -> list: # the rows of the winners
     "Search for configurations of some kernels."
     for op in ops: _kernel(op)
+    resolve_backend("triton_full_fused", device)
     say, start = partial(tqdm.write, file=sys.stderr), time.perf_counter()
     record = Record(Path(out)/"bench-tune.json", environment("tune", device, ms, seed), device=str(device), notify=say)
     bench, jobs, found = Bench(record, device, ms, seed), [(op, c) for c in cases for op in ops or FOOTPRINT], []
