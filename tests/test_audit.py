@@ -303,6 +303,9 @@ def test_choosing_rows():
 
 @pytest.mark.parametrize("kw, says", [(dict(B=0), "B=0"), (dict(Lq=2.5), "Lq=2.5"), (dict(D=True), "D=True"), (dict(H=3, n_kv_heads=2), "divisor"),
     (dict(dtype=torch.int32), "torch.int32"), (dict(layout="hbld"), "hbld"), (dict(derivatives="hessian"), "hessian"), (dict(ways="jacrev"), "jacrev"),
+    (dict(ways=[]), "no row in common"), (dict(derivatives=[]), "no row in common"), (dict(derivatives="jvp", ways="backward"), "no row in common"), (dict(ways=3), "ways 3"),
+    (dict(device="foo"), "device='foo'"), (dict(device="meta"), "device='meta'"), (dict(device=None), "device=None"), (dict(seed=-1), "seed=-1"), (dict(seed="x"), "seed='x'"),
+    (dict(H=2**31), "below 2\\*\\*31"), (dict(dtype=[1]), "dtype=\\[1\\]"), (dict(oracle="reference"), "oracle='reference'"), (dict(is_causal="no"), "is_causal='no'"),
     (dict(oracle=lambda q, k, v: q.detach().numpy()), "correct the oracle"), (dict(oracle=lambda q, k, v: plain(q, k, v).detach()), None)])
 def test_faulty_arguments(kw, says):
     if says is None: assert audit(plain, **kw).verdict == "unsafe"  # an oracle without derivatives is believed: it says that they are zero

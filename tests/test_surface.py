@@ -44,24 +44,20 @@ class Problem:
     B:int; Hkv:int; Lq:int; Lk:int; scale:float|None; seed:int
 
 
-@st.composite
-def variants(draw):
-    pick = lambda *xs: draw(st.sampled_from(xs))
-    rank, dtype = pick(4, 4, 4, 2, 3, 5), pick(*DTYPES)
-    layouts = tuple(pick("contiguous", "contiguous", "heads inside", "columns", "sliced", "expanded") for _ in range(4))
-    return Variant(dtype, pick(*FEATURES), rank, 1 if rank == 2 else pick(1, 1, 2, 3), pick(None, "causal", "bool", "additive"), pick(dtype, torch.float32),
-                   tuple(pick(True, False) for _ in range(rank)), pick(False, True), pick(0., 0., 0.3), layouts,
-                   (pick("odd", "odd", "even", "one"), pick("odd", "odd", "even", "one")), pick(False, True))
+def variant(r):
+    rank, dtype = r.choice((4, 4, 4, 2, 3, 5)), r.choice(DTYPES)
+    layouts = tuple(r.choice(("contiguous", "contiguous", "heads inside", "columns", "sliced", "expanded")) for _ in range(4))
+    lengths = tuple(r.choice(("odd", "odd", "odd", "odd", "even", "even", "one", "none")) for _ in range(2))
+    return Variant(dtype, r.choice(FEATURES), rank, 1 if rank == 2 else r.choice((1, 1, 2, 3)), r.choice((None, "causal", "bool", "additive")),
+                   r.choice((dtype, torch.float32)), tuple(r.random() < 0.5 for _ in range(rank)), r.random() < 0.5, r.choice((0., 0., 0.3)), layouts, lengths, r.random() < 0.5)
 
 
-@st.composite
-def problems(draw, variant):
+def problem(r, c):
     def length(kind):
-        if kind == "one": return 1
-        n = draw(st.integers(0, LONGEST//16))*16
-        return n if kind == "even" else n + draw(st.integers(2, 15))
-    heads = 1 if variant.rank == 2 else draw(st.integers(1, MANY))
-    return Problem(draw(st.integers(1, MANY)), heads, *map(length, variant.lengths), draw(st.sampled_from((None, None, 0., 0.3, 1.7))), draw(st.integers(0, 2**31)))
+        n = 16*r.randint(1, LONGEST//16)
+        return dict(none=0, one=1, even=n, odd=n + r.randint(-14, 15))[kind]
+    heads = 1 if c.rank == 2 else r.randint(1, MANY)
+    return Problem(r.randint(1, MANY), heads, *map(length, c.lengths), r.choice((None, None, 0., 0.3, 1.7)), r.randrange(2**31))
 
 
 # Tensors of a problem
@@ -153,8 +149,9 @@ def derivatives(f, case):
     return {n: y.detach() for n, y in [*found, ("to", tangents[0]), ("tL", tangents[1])]}
 
 
-# The judgment: an error is relative to the true derivative, or where that vanishes by cancellation (a single key, say) to what the derivative would be if the
-# row statistics stood still, which is the same sum before the cancellation; the limit is twice the error of the formula with PyTorch's precision
+# The judgment: an error is relative to the true derivative, or where that vanishes by cancellation (a single key, say) to a quarter of what the derivative would be
+# if the row statistics stood still, which is the same sum before the cancellation. The limit is twice the error of the formula with PyTorch's precision, fp32
+# inside and rounded at the ends, and not less than the tolerance of the type.
 
 def failures(backend, c, p):
     case = case_of(c, p)
@@ -162,36 +159,37 @@ def failures(backend, c, p):
     truth = derivatives(partial(formula, backend, torch.float64, False), wide)
     size = derivatives(partial(formula, backend, torch.float64, True), wide)
     plain = derivatives(partial(formula, backend, torch.float32, False), case)
-    got, bad = derivatives(partial(ours, backend), case), []
-    if list(got) != list(truth): bad.append(f"got {list(got)}")
+    try: got = derivatives(partial(ours, backend), case)
+    except Exception as e: return [f"{c} {p} raises {type(e).__name__}: {e}"]
+    bad = []
     for name, y in truth.items():
         if name == "L":
             if not torch.equal(got[name].isneginf(), y.isneginf()): bad.append("L is -inf elsewhere")
             y, got[name], plain[name] = (z.nan_to_num(neginf=0.) for z in (y, got[name], plain[name]))
             scale = max(y.norm(), math.sqrt(y.numel()))
-        else: scale = max(y.norm(), size[name].norm())
+        else: scale = max(y.norm(), size[name].norm()/4)
         absolute = lambda z: (z.double() - y).norm().item()/(float(scale) or 1.)
-        tolerance = TOLERANCE[torch.float32 if name in ("L", "tL", "gdL") and c.dtype == torch.float32 else c.dtype]
+        tolerance = TOLERANCE[torch.float32 if name == "L" else c.dtype]  # L is fp32 whatever its inputs are
         limit = max(2*absolute(plain[name]) + 1e-6, tolerance)
         if got[name].shape != y.shape or not absolute(got[name]) <= limit: bad.append(f"{name}: {absolute(got[name]):.1e} above {limit:.1e}")
     return [f"{c} {p} {b}" for b in bad]
 
 
 def search(backend, n, each, **options):
-    "What fails among n different problems, `each` to a variant. Hypothesis repeats itself, so it is given more tries than it needs."
+    "What fails among n different problems, `each` to a variant. Hypothesis draws what they are made from, and repeats itself, so it is given more tries than it needs."
     seen, bad = set(), []
     @settings(max_examples=8*-(-n//each), deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), **options)
-    @given(st.data())
-    def one(data):
-        variant = data.draw(variants())
-        for case in [(variant, data.draw(problems(variant))) for _ in range(each)]:
+    @given(st.randoms(use_true_random=True))  # seeded by Hypothesis; its mutations of single draws would give near-duplicates
+    def one(r):
+        c = variant(r)
+        for case in [(c, problem(r, c)) for _ in range(each)]:
             if case in seen or len(seen) == n: continue
             seen.add(case)
             bad.extend(failures(backend, *case))
     return one, seen, bad
 
 
-@pytest.mark.parametrize("backend, n", [("triton_full_fused", 15), ("triton_fused", 5), ("triton_ref", 5), ("triton_fast", 5)])
+@pytest.mark.parametrize("backend, n", [("triton_full_fused", 15), ("triton_fused", 6), ("triton_ref", 6), ("triton_fast", 6)])
 def test_random_problems(backend, n):
     one, seen, bad = search(backend, n, 1)
     one()
@@ -213,7 +211,7 @@ def test_many_random_problems(backend, share):
 
 
 def worker(backend, shard, n):
-    one, seen, bad = search(backend, n, 16)
+    one, seen, bad = search(backend, n, 25)
     seed(shard)(one)()
     print(json.dumps(dict(done=len(seen), failures=bad)))
 

@@ -117,6 +117,7 @@ def _refusal(e):
 def _too_large(e): # PyTorch has an exception of its own for a GPU only
     return isinstance(e, MemoryError) or any(words in str(e) for words in ("allocate memory", "out of memory", "Storage size calculation overflowed"))
 
+# %% ../nbs/cli.ipynb #da610635
 class Commands(TyperGroup):
     "The command group: every mistake ends as one sentence on stderr."
     def main(self, args=None, prog_name=None, complete_var=None, standalone_mode=True, **extra):

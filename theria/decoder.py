@@ -37,7 +37,9 @@ class DecoderTransformer(nn.Module):
         backend:str|Callable="auto", # attention, as in `TransformerBlock`
     ):
         super().__init__()
-        check_counts(vocab=vocab, n_classes=n_classes, max_len=max_len, n_layers=n_layers)
+        check_counts(vocab=vocab, n_classes=n_classes, max_len=max_len, d_model=d_model, n_heads=n_heads, n_layers=n_layers)
+        if d_model % n_heads:
+            raise ContractError(f"got d_model={d_model} and n_heads={n_heads}; accepted is a number of heads that divides d_model: change one of the two.")
         self.is_causal, self.max_len = is_causal, max_len
         self.blocks = nn.ModuleList(TransformerBlock(d_model, n_heads, backend=backend) for _ in range(n_layers))
         self.tokens, self.positions = nn.Embedding(vocab, d_model), nn.Embedding(max_len, d_model)

@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% ../../nbs/attention/audit.ipynb #24359691
-from .contract import TOLERANCE, BackendUnavailable, ContractError, rel_err
+from .contract import TOLERANCE, BackendUnavailable, ContractError, _check_switches, rel_err
 from .reference import forward
 
 # %% ../../nbs/attention/audit.ipynb #d465b91a
@@ -176,6 +176,7 @@ def causal_switch(
     "The name of an attention's causal switch."
     return next((name for name in ("is_causal", "causal") if name in _parameters(fn)), None)
 
+# %% ../../nbs/attention/audit.ipynb #075bb8b8
 def _keywords(fn, is_causal, grouped):
     kwargs = {"enable_gqa": True} if grouped and "enable_gqa" in _parameters(fn) else {}
     if not is_causal: return kwargs
@@ -389,22 +390,43 @@ def _explained(finding, f, z, want, is_causal):
 # %% ../../nbs/attention/audit.ipynb #800e486d
 def _choose(what, chosen, known):
     if chosen is None: return set(known)
-    chosen = {chosen} if isinstance(chosen, str) else set(chosen)
-    if unknown := sorted(chosen - set(known)):
+    chosen = [chosen] if isinstance(chosen, str) else list(chosen) if isinstance(chosen, (list, tuple, set, frozenset)) else [chosen]
+    if unknown := [x for x in chosen if x not in known]:
         raise ContractError(f"got {what} {', '.join(map(repr, unknown))}; accepted are {', '.join(known)}: choose among them.")
-    return chosen
+    return set(chosen)
 
-def _check(fn, sizes, dtype, device, layout):
+def _chosen(ways, derivatives): # rows besides the value
+    every = list(dict.fromkeys(w for ws in WAYS.values() for w in ws))
+    some, of = _choose("ways", ways, every), _choose("derivatives", derivatives, WAYS)
+    rows = [(d, w) for d, ws in WAYS.items() for w in ws if d != "value" and d in of and w in some]
+    if not rows and of != {"value"}:
+        raise ContractError(f"got derivatives={derivatives!r} and ways={ways!r}, which have no row in common; accepted are derivatives and ways that meet: choose others.")
+    return rows
+
+# %% ../../nbs/attention/audit.ipynb #624177a5
+def _check(fn, oracle, sizes, dtype, device, layout, seed, is_causal):
     if not callable(fn): raise ContractError(f"got {type(fn).__name__} to audit; accepted is a callable fn(q, k, v): pass the function itself.")
+    if oracle is not None and not callable(oracle): raise ContractError(f"got oracle={oracle!r}; accepted is a callable or None: pass the function itself.")
+    _check_switches(is_causal=is_causal)
     for n, x in sizes.items():
-        if isinstance(x, bool) or not isinstance(x, int) or x < 1: raise ContractError(f"got {n}={x!r}; accepted is a whole number ≥ 1: correct it.")
+        if isinstance(x, bool) or not isinstance(x, int) or not 1 <= x < 2**31: raise ContractError(f"got {n}={x!r}; accepted is a whole number ≥ 1 and below 2**31: correct it.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ContractError(f"got seed={seed!r}; accepted is an integer in [0, 2**63): choose another seed.")
     if sizes["H"] % sizes["n_kv_heads"]:
         raise ContractError(f"got H={sizes['H']} and n_kv_heads={sizes['n_kv_heads']}; accepted is a divisor of H: change one of them.")
-    if dtype not in TOLERANCE:
+    if dtype not in list(TOLERANCE):
         raise ContractError(f"got dtype={dtype}; accepted are {', '.join(map(str, TOLERANCE))}: choose one of them.")
     if layout not in ("bhld", "blhd"): raise ContractError(f"got layout={layout!r}; accepted are 'bhld' and 'blhd': choose one of them.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailable("got device='cuda' on a machine without a usable CUDA device; accepted is a device that is there: use device='cpu'.")
+    return _check_device(device)
+
+# %% ../../nbs/attention/audit.ipynb #3a42f84b
+def _check_device(device):
+    try: at = torch.device(device)
+    except (RuntimeError, TypeError): at = torch.device("meta")
+    if at.type == "meta": raise ContractError(f"got device={device!r}; accepted is a device that computes, such as 'cpu' or 'cuda': choose another one.")
+    if at.type == "cuda" and (at.index or 0) >= torch.cuda.device_count():
+        raise BackendUnavailable(f"got device={str(at)!r} on a machine with {torch.cuda.device_count()} usable CUDA devices; accepted is a device that is there: use device='cpu'.")
+    return at
 
 # %% ../../nbs/attention/audit.ipynb #f6667674
 class _Size(NamedTuple):
@@ -471,11 +493,8 @@ def audit(
     name:str|None=None, # of the callable, in tables
 ) -> Audit:
     "Which derivatives of an attention callable are exact, which are silently wrong, and which raise?"
-    Hkv, Dv, device = H if n_kv_heads is None else n_kv_heads, D if Dv is None else Dv, torch.device(device)
-    _check(fn, dict(B=B, H=H, n_kv_heads=Hkv, Lq=Lq, Lk=Lk, D=D, Dv=Dv), dtype, device, layout)
-    all_ways = list(dict.fromkeys(w for ws in WAYS.values() for w in ws))
-    ways, derivatives = _choose("ways", ways, all_ways), _choose("derivatives", derivatives, WAYS)
-    chosen = [(d, w) for d, ws in WAYS.items() for w in ws if d != "value" and d in derivatives and w in ways]
+    Hkv, Dv, chosen = H if n_kv_heads is None else n_kv_heads, D if Dv is None else Dv, _chosen(ways, derivatives)
+    device = _check(fn, oracle, dict(B=B, H=H, n_kv_heads=Hkv, Lq=Lq, Lk=Lk, D=D, Dv=Dv), dtype, device, layout, seed, is_causal)
     target = lambda g: _Target(g, layout, _keywords(g, is_causal, Hkv != H), is_causal)
     f, truth = target(fn), oracle and target(oracle)
     whats = ["value", *dict.fromkeys(_what(d, w) for d, w in chosen)]
@@ -525,6 +544,7 @@ def _key(ax, y):
         _cells_at(ax, outcome, [(x, y, "")])
         ax.text(x + .7, y, text, ha="left", va="center", fontsize=8.5)
 
+# %% ../../nbs/attention/audit.ipynb #9f2a2a27
 def audit_matrix(
     audits:dict[str, Audit], # row label -> audit
 ): # matplotlib Figure

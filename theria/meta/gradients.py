@@ -270,6 +270,7 @@ class Evaluation(NamedTuple):
     before:float # the same mean before adaptation
     per_task:Tensor # (tasks,) after adaptation
 
+# %% ../../nbs/meta/gradients.ipynb #8a4e9744
 def evaluate(
     model:nn.Module, # architecture
     params:Mapping[str, Tensor]|None, # θ_0; None is the model's own

@@ -98,6 +98,7 @@ class Unit(NamedTuple):
     weight:float      # expected seconds
     compute:Callable  # compute(tick) -> the values; tick(seconds) moves the progress bar
 
+# %% ../../nbs/meta/safety.ipynb #4cd9984d
 @dataclass(frozen=True)
 class Lab:
     "What the pieces share."
@@ -355,6 +356,7 @@ def _plot_damage(lab, record, ax):
     _plain_log(ax, ylabel="error of FULL / %", title=_schedule_title(lab, SCHEDULES[0]))
     ax.legend(loc="upper left", bbox_to_anchor=(-.15, -.24))
 
+# %% ../../nbs/meta/safety.ipynb #c24f026b
 def _plain_log(ax, **kw):
     "A logarithmic axis with plain numbers, also when it spans less than a decade."
     ax.set(yscale="log", **kw)
@@ -399,6 +401,7 @@ def _plot_learning(lab, record, data, ax):
     ax.set(xlabel="outer steps", ylabel="query loss / nat", title="Meta-training")
     ax.legend(loc="lower left")
 
+# %% ../../nbs/meta/safety.ipynb #cfeebd4e
 def _plot_accuracy(lab, record, data, ax):
     for x, (estimator, style) in enumerate(zip(ESTIMATES, (SERIES[2], SERIES[1], SERIES[0]))):
         rows = record.rows(part="training", data=data, estimator=estimator)
@@ -419,6 +422,7 @@ def _claim(lab, record):
     return (f"The backend `{lab.backend}` {says}; {len(unsafe)} of the {len(audits) - 1} other attentions tried here are silently wrong, and even the most "
             f"inconspicuous of them, which passes every first-order test, spoils the meta-gradient by {percent(worst)} after {last} inner steps.")
 
+# %% ../../nbs/meta/safety.ipynb #14d0b0e6
 def _say_audit(lab, record):
     audits = _audits(record)
     own, missed = audits[lab.backend], [n for n in VARIANTS if audits[n].verdict != "unsafe"]
@@ -598,6 +602,7 @@ def _lab(preset, seed, device, backend, sizes, say):
     device = pick_device(device)
     return Lab(_with_data(replace(PRESETS[preset], **sizes), say), seed, device, resolve_backend(backend, device))
 
+# %% ../../nbs/meta/safety.ipynb #8dfa83d9
 def run_contract(
     preset:str="quick",     # a key of `PRESETS`
     out:Path|str="out",     # folder of contract.html and contract.json
