@@ -28,10 +28,10 @@ setup(
         "Operating System :: POSIX :: Linux",
     ],
     packages=find_packages(include=["theria", "theria.*"]),
-    package_data={"theria": ["py.typed", "attention/configs.json"]},
+    package_data={"theria": ["py.typed", "*/*.json"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "data": cfg["data_requirements"].split()},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "data", "huggingface")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     zip_safe=False,
 )

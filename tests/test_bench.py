@@ -59,7 +59,7 @@ def test_rates_are_those_of_the_literature():
     assert bench.tflops(replace(case, causal=True), 2, 1.) == bench.tflops(case, 2, 1.)/2 == bench.tflops(case, 2, 2.)
 
 
-KERNEL_UNITS = {"forward": 2, "backward": 7, "jvp": 5, "tangent_backward": 15}   # as they multiply, tiles that are made twice counted twice
+KERNEL_UNITS = {"forward": 2, "backward": 7, "jvp": 5, "tangent_backward": 15, "double_backward": 18}   # as they multiply, tiles that are made twice counted twice
 
 
 def executed(contender, name):
@@ -78,6 +78,15 @@ def executed(contender, name):
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("who", EXECUTED)
 def test_executed_products_are_those_that_pytorch_counts(who, name): assert executed(who, name) == EXECUTED[who][name]
+
+
+def test_where_one_walk_does_not_fit_two_products_more_are_counted(monkeypatch):
+    from theria.attention import tuning
+    q, case = torch.empty(1, 1, 16, 16), replace(TINY, Lq=16, Lk=16)
+    assert bench.executed(case, "theria", "double-backward", q) == EXECUTED["theria"]["double-backward"] and bench.executed(case, "cudnn", "forward", q) is None
+    monkeypatch.setattr(tuning, "lookup", lambda *a: None)
+    assert {n: bench.executed(case, "theria", n, q) - u for n, u in EXECUTED["theria"].items() if bench.executed(case, "theria", n, q) != u} == {
+        "double-backward": 2, "forward+backward+double-backward": 2}
 
 
 # The exact answer
@@ -168,6 +177,37 @@ def test_failures_are_rows_and_spoil_nothing(tmp_path, contender):
     assert failure["nan"].startswith("ArithmeticError: wrong result, relative error nan of dq") and failure["detached"].startswith("RuntimeError: element 0 of tensors")
     assert failure["rough"] is None and .001 < rows["rough"]["error"] < .1 and rows["math"]["p50"] > 0
     for c in ("boom", "hungry", "nan", "detached"): assert rows[c]["p50"] is None and rows[c]["tflops"] is None and rows[c]["calls"] == 0
+
+
+def test_a_cell_says_that_memory_ran_out():
+    rows = [made_up(TINY, "forward", "theria", 1.), made_up(TINY, "forward", "math", None), made_up(TINY, "forward", "flash", None)]
+    rows[1]["failure"] = "OutOfMemoryError: CUDA out of memory. Tried to allocate 88.00 GiB"
+    line = bench.comparison(rows, "forward").rows[0]
+    assert (line["math"], line["flash"], line["faster"]) == ("out of memory", "failed", None)
+
+
+def test_names_of_kernels_are_told_apart_by_the_spacer():
+    space, events = ("void at::native::frac_kernel_cuda(...)", 1.), [("a", 2.), ("b", 3.), ("Memcpy DtoD", 9.)]
+    assert bench.split_names([("before", 1.), space, *events, space, space, ("a", 1.)], 3) == [dict(b=3., a=2.), {}, dict(a=1.)]
+    assert bench.split_names([space, *events], 2) is None
+
+
+def test_speedups_need_both_sides():
+    rows = [made_up(Case(1, 8, n, n, 64), p, c, t) for n, t in ((8192, 1.), (16384, 2.)) for p in ("jvp", "hvp") for c, t in (("theria", t), ("math", None if n == 16384 else 9*t))]
+    assert bench.speedups(rows, grid="second-order", D=64) == {"jvp": [(8192, 9.)], "hvp": [(8192, 9.)]}
+    assert bench.speedups(rows, grid="sdpa") == {} and "hvp" in bench.speedup_figure(rows, D=64)
+
+
+def test_files_are_merged_row_by_row(tmp_path):
+    for n, (source, ms) in enumerate((("a", 1.), ("b", 2.))):
+        r = Record(tmp_path/f"{n}.json", dict(device="GPU", torch="2", triton="3", precision="highest", source=source))
+        for contender in ("theria", "math")[n:]:
+            row = made_up(TINY, "forward", contender, ms)
+            split = [k for k in row if k in {"part", "pass", "mode", "contender", *asdict(TINY)}]
+            r.add({k: row[k] for k in split}, {k: v for k, v in row.items() if k not in split})
+    merged = bench.merge_files(tmp_path/"all.json", [tmp_path/"0.json", tmp_path/"1.json"])
+    assert [(r["contender"], r["p50"], r["source"]) for r in merged.rows(every_run=True)] == [("theria", 1., "a"), ("math", 2., "b")]
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == ["0.json", "1.json", "all.json"]
 
 
 def test_what_does_not_fit_together_is_timed_apart(tmp_path, monkeypatch):
@@ -278,7 +318,7 @@ def test_compiling_ahead_needs_few_calls_for_many_cases():
 # Tables and figures
 
 def made_up(case, name, contender, p50, **facts):
-    row = bench._row(case, name, contender, dict(memory=2**30, error=1e-3, errors={}) | facts, p50 and [p50]*3, None if p50 else "failed")
+    row = bench._row(case, name, contender, dict(memory=2**30, error=1e-3, errors={}) | facts, p50 and [p50]*3, None if p50 else "failed", EXECUTED.get(contender, {}).get(name))
     return {"part": "time", **asdict(case), "pass": name, "mode": "eager", "contender": contender, **row}
 
 
@@ -294,7 +334,7 @@ def test_a_comparison_has_the_best_of_the_others_beside_theria():
 
 def test_figures_show_every_contender_and_ceiling():
     rows = [made_up(Case(1, 16, n, n, 64), "forward", c, n/1e4, memory=n*1000) for n in (512, 1024, 2048) for c in CONTENDERS]
-    time, rate, memory = bench.length_figures(rows, "forward", D=64, causal=False)
+    time, rate, memory = (bench.length_figure(rows, "forward", what, D=64, causal=False) for what in ("p50", "tflops", "memory"))
     for picture in (time, rate, memory, bench.roofline(rows, "forward", 800., 4.)): assert all(c in picture for c in CONTENDERS)
     assert "TFLOP/s" in rate and "peak memory" in memory and bench.select(rows, "forward", D=128) == []
     looks = [tuple(sorted(bench.LOOK[c].items())) for c in ("theria", "flash", "cudnn", "efficient", "math", "flex")]
@@ -310,6 +350,49 @@ def test_a_search_space_has_pinned_winners_and_nothing_that_cannot_fit(op):
         assert 3 < len(space) < 100 and len(set(space)) == len(space)
         other = [c.BM if op.endswith("_kv") else c.BN for c in space]
         assert all(bench.FOOTPRINT[op][2]*n*D*itemsize*c.stages <= 232_448 for n, c in zip(other, space))
+
+
+class Scripted(Stopwatch):
+    "A clock that knows how long each configuration takes, and runs it all the same."
+    def __init__(self, ms, device="cpu"): super().__init__(device); self.ms, self.seen = ms, []
+    def __call__(self, run):
+        run()
+        self.seen.append(run.args[3])
+        return self.ms(run.args[3])
+
+
+@pytest.mark.parametrize("op", ["forward", "backward_kv", "double_q"])
+def test_a_search_under_a_scripted_clock(tmp_path, op):
+    case, fast = Case(1, 1, 20, 20, 16, "float32"), Config(32, 16, 4, 1)
+    b = Bench(record(tmp_path), ms=1.)
+    b.watch = Scripted(lambda c: .5 if c == fast else 1.)
+    won = bench.search(b, op, case, configs=[Config(16, 16, 4, 1), fast])
+    assert won["config"] == list(fast) and won["p50"] == .5 and won["right"] == won["tried"] >= 2 and set(b.watch.seen) >= {fast, Config(16, 16, 4, 1)}
+    assert all(r["failure"] is None and set(r["errors"]) and max(r["errors"].values()) < 1e-5 for r in b.record.rows(part="tune"))
+    bench.merge_table(tmp_path/"t.json", "sm_90", [won])
+    assert json.loads((tmp_path/"t.json").read_text()) == {"sm_90": {op: {"float32 D16 short": list(fast)}}}
+
+
+def test_the_pinned_configuration_stays_unless_another_is_faster_by_a_hundredth(tmp_path):
+    case, other = Case(1, 1, 20, 20, 16, "float32"), Config(16, 16, 4, 1)
+    for factor, stays in ((.995, True), (.98, False)):
+        b = Bench(Record(tmp_path/f"{factor}.json"), ms=1.)
+        b.watch = Scripted(lambda c: factor if c == other else 1.)
+        won = bench.search(b, "forward", case, configs=[other])
+        assert (won["config"] == won["pinned"]) == stays and (won["config"] == list(other)) != stays
+
+
+def test_a_whole_tuning_run_is_kept_and_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "environment", lambda *a: dict(benchmark="tune"))
+    monkeypatch.setattr(bench, "Stopwatch", partial(Scripted, lambda c: float(c.BM)))
+    cases, configs = [Case(1, 1, 20, 20, 16, "float32")], [Config(16, 16, 4, 1), Config(32, 16, 4, 1)]
+    run = partial(bench.run_tune, ("jvp",), cases, tmp_path, torch.device("cpu"), ms=1., table=tmp_path/"t.json", show=False, configs=configs)
+    assert run(seconds=-1) == [] and not (tmp_path/"t.json").exists()
+    found = run()
+    stamp = (tmp_path/"bench-tune.json").stat().st_mtime_ns
+    assert [(r["op"], r["config"]) for r in found] == [("jvp", [16, 16, 4, 1])]
+    assert run() == found and (tmp_path/"bench-tune.json").stat().st_mtime_ns == stamp
+    assert set(json.loads((tmp_path/"t.json").read_text())["interpreter"]) == {"jvp"}
 
 
 def test_a_wrong_candidate_never_wins(tmp_path, monkeypatch):
@@ -343,7 +426,7 @@ def test_what_the_compiler_refuses_is_not_called(tmp_path, monkeypatch):
     refuse = lambda configs: [(None, "OutOfResources: out of resource: shared memory") if c.BM == 64 else (dict(shared=1, registers=2, spills=0), None) for c in configs]
     b = Bench(record(tmp_path), ms=1.)
     won = bench.search(b, "forward", case, refuse, [Config(64, 16, 4, 1), Config(16, 16, 4, 1)])
-    assert won["config"] == [16, 16, 4, 1] and {c.BM for c in called} == {16}
+    assert won["config"] == [16, 16, 4, 1] and {c.BM for c in called if c} == {16}
     assert {r["BM"]: r["spills"] for r in b.record.rows(part="tune")} == {64: None, 16: 0}
 
 
@@ -351,7 +434,7 @@ def test_the_table_stays_readable(tmp_path):
     path = bench.pinned_table(str(tmp_path/"configs.json"))
     before = json.loads(path.read_text())
     assert json.loads(bench.table_text(before)) == before
-    case = Case(1, 1, 8, 8, 256, "float16", causal=True)
+    case = Case(1, 1, 4096, 4096, 256, "float16", causal=True)
     bench.merge_table(path, "sm_90", [dict(asdict(case), op="forward", config=[16, 16, 4, 1])])
     after = json.loads(path.read_text())
     assert after["sm_90"]["forward"].pop("float16 D256 causal") == [16, 16, 4, 1] and after == before

@@ -1,4 +1,5 @@
 "The `theria` command: what it does, what it refuses, and what an accident costs."
+import importlib
 import inspect
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import theria
@@ -23,7 +25,8 @@ from theria.records import Record, from_json
 
 TINY = dict(tasks=2, depths=[1, 2], seeds=1, outer_steps=2, meta_batch=2, test_tasks=4)
 ROOT = Path(theria.__file__).parents[1]
-COMMANDS = ["contract", "audit", "train-decoder", "maml"]
+COMMANDS = ["contract", "audit", "train-decoder", "maml", "train-np", "reproduce", "bench"]
+BENCH = ["sdpa", "second-order", "np", "scaling", "tune", "show"]
 
 
 @pytest.fixture
@@ -33,6 +36,13 @@ def call(capsys):
         with pytest.raises(SystemExit) as e: cli.main([str(a) for a in argv])
         return e.value.code, *capsys.readouterr()
     return call
+
+
+@pytest.mark.parametrize("module", ["theria", "theria.cli"])
+def test_as_a_module_of_python(module):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    r = subprocess.run([sys.executable, "-m", module, "contrakt"], capture_output=True, text=True, env=env)
+    assert (r.returncode, r.stdout) == (2, "") and r.stderr.startswith("theria: got the command 'contrakt'") and r.stderr.count("\n") == 1
 
 
 def process(*argv, root=ROOT, **kw):
@@ -47,12 +57,27 @@ def contract(folder, **sizes):
 
 # Help and completion
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], *([c, "--help"] for c in COMMANDS)])
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], *([c, "--help"] for c in COMMANDS), *(["bench", c, "--help"] for c in BENCH)], ids=" ".join)
 def test_help_reads_well(argv):
     result = CliRunner().invoke(cli.app, argv)
     assert result.exit_code == 0 and "Usage: theria" in result.stdout
-    assert all(c in result.stdout for c in (COMMANDS if argv in ([], ["--help"]) else argv[:1] if argv[0] in COMMANDS else []))
+    asked = [a for a in argv if a[0] != "-"]
+    assert all(c in result.stdout for c in (asked or COMMANDS)) and (asked != ["bench"] or all(c in result.stdout for c in BENCH))
     assert "--sizes" not in result.stdout and "Traceback" not in result.stdout
+
+
+def commands(group, path=()):
+    for name, c in group.commands.items():
+        yield from commands(c, (*path, name)) if hasattr(c, "commands") else [((*path, name), c)]
+
+
+@pytest.mark.parametrize("path, command", list(commands(typer.main.get_command(cli.app))), ids=str)
+def test_every_option_is_explained(path, command):
+    assert command.help and command.help.split("\n")[0].endswith((".", "?", "scaling"))
+    for p in command.params:
+        hidden = getattr(p, "hidden", False)
+        assert hidden or p.help and p.help[0].isupper() and p.help.endswith("."), f"{' '.join(path)} {p.name}: {p.help!r}"
+        assert hidden or getattr(p, "is_flag", False) or p.metavar, f"{' '.join(path)} {p.name} has no metavar"
 
 
 def test_version(call): assert call("--version")[:2] == (0, f"theria {theria.__version__}\n")
@@ -75,7 +100,10 @@ def test_completion(words, expected):
 
 def test_names_in_the_help_are_those_of_the_package():
     assert cli.BACKENDS == tuple(BACKENDS)
-    assert {e.lower() for e in ("FULL", "FO", "FO_STRICT")} <= set(ESTIMATORS)
+    for module in ("estimators", "implicit"): importlib.import_module(f"theria.meta.{module}")  # they enter theirs into the table
+    assert {e.lower() for e in cli.ESTIMATORS} == set(ESTIMATORS)
+    from theria.neural_process import model, tasks
+    assert set(cli.NP_ATTENTIONS) <= {"auto", *model.ATTENTIONS} and set(cli.NP_TASKS) == {"gp", *tasks.TASKS}
     assert all(isinstance(getattr(torch, d), torch.dtype) for d in cli.DTYPES)
     flags = lambda f: {n: p.default for n, p in inspect.signature(f).parameters.items()}
     assert flags(cli.train_decoder) == flags(decoder.command)
@@ -83,7 +111,8 @@ def test_names_in_the_help_are_those_of_the_package():
 
 # Bad values
 
-CUDA = [["contract", "--backend", "triton_fused"], ["contract", "--device", "cuda"], ["maml", "--device", "cuda"], ["train-decoder", "--device", "cuda"], ["audit", "reference", "--device", "cuda"]]
+CUDA = [["contract", "--backend", "triton_fused"], ["contract", "--device", "cuda"], ["maml", "--device", "cuda"], ["train-decoder", "--device", "cuda"], ["audit", "reference", "--device", "cuda"],
+        ["train-np", "--device", "cuda"], ["bench", "sdpa"], ["bench", "np"], ["bench", "scaling"]]
 BAD = [["contrakt"], ["--seed", "3"], ["contract", "extra"], ["contract", "--sed", "3"], ["contract", "--seed"],
        ["contract", "--seed", "-1"], ["contract", "--seed", "1.5"], ["contract", "--seed", "x"], ["contract", "--seed", str(2**70)], ["contract", "--seed", str(2**63 - 1)],
        ["contract", "--preset", "slow"], ["contract", "--preset", ""], ["contract", "--device", "tpu"], ["contract", "--device", "cuda:x"],
@@ -94,8 +123,12 @@ BAD = [["contrakt"], ["--seed", "3"], ["contract", "extra"], ["contract", "--sed
        ["audit", "reference", "--heads", "3", "--kv-heads", "2"], ["audit", "reference", "--lq", "0"], ["audit", "reference", "--json", "no/such/folder.json"],
        ["audit", "sdpa-cudnn"], ["audit", "torch:relu"],
        ["train-decoder", "--steps", "0"], ["train-decoder", "--seed", "-1"], ["train-decoder", "--n_heads", "5"], ["train-decoder", "--backend", "x"],
-       ["maml", "--data", "mnist"], ["maml", "--estimator", "SECOND"], ["maml", "--ways", "1"], ["maml", "--inner-lr", "0"], ["maml", "--inner-lr", "nan"],
-       ["maml", "--shots", "999"], ["maml", "--ways", "99999"]]
+       ["maml", "--data", "mnist"], ["maml", "--estimator", "SECOND"], ["maml", "--ways", "0"], ["maml", "--inner-lr", "0"], ["maml", "--inner-lr", "nan"],
+       ["maml", "--option", "keep"], ["maml", "--momentum", "1"], ["maml", "--prox", "-1"],
+       ["contract", "--out", ""], ["maml", "--out", " "], ["train-np", "--out", ""], ["bench", "sdpa", "--out", ""], ["contract", "--only", "nothing"], ["contract", "--seconds", "0"],
+       ["train-np", "--task", "weather"], ["train-np", "--contexts", "4,0"], ["train-np", "--attention", "flash9"], ["train-np", "--steps", "-1"],
+       ["bench", "np", "--only", "fastest", "--device", "cpu"], ["bench", "scaling", "--queries", "0"], ["bench", "show", "nothing.json"], ["bench", "fastest"],
+       ["reproduce"], ["reproduce", "fig-nothing"], ["maml", "--shots", "999"], ["maml", "--ways", "99999"]]
 
 
 @pytest.mark.parametrize("argv", BAD + ([] if torch.cuda.is_available() else CUDA), ids=" ".join)
@@ -306,3 +339,61 @@ def test_maml_runs_and_is_kept(call, tmp_path):
     assert code == 0 and "after 2 steps with fo_strict; guessing gives 20" in out
     before = (tmp_path/"maml.json").stat().st_mtime_ns
     assert call(*argv)[:2] == (0, out) and (tmp_path/"maml.json").stat().st_mtime_ns == before
+
+
+def test_maml_takes_the_options_of_an_estimator(call, tmp_path):
+    argv = ["maml", "--estimator", "TRUNCATED", "--option", "keep=1", "--data", "sinusoid", "--steps", "2", "--tasks", "2", "--test-tasks", "4", "--device", "cpu", "--backend", "reference"]
+    assert call(*argv, "--out", tmp_path)[0] == 0
+    runs = [s["run"] for s in from_json((tmp_path/"maml.json").read_text())["sessions"].values()]
+    assert runs[0]["options"] == [["keep", 1]] and runs[0]["ways"] == 1 and runs[0]["estimator"] == "truncated"
+
+
+def test_train_np(call, tmp_path):
+    argv = ["train-np", "--device", "cpu", "--steps", "3", "--batch", "2", "--contexts", "4,8", "--targets", "4", "--out", tmp_path]
+    assert call(*argv)[0] == 0 and (tmp_path/"train-np.json").is_file()
+
+
+# Measurements and origins
+
+def test_plans_are_printed_on_any_machine(call, tmp_path):
+    for argv in (["sdpa", "--preset", "small"], ["second-order", "--preset", "small"], ["np", "--only", "small sdpa"]):
+        code, out, err = call("bench", *argv, "--plan", "--device", "cpu", "--out", tmp_path)
+        assert (code, err) == (0, "") and len(out.splitlines()) >= 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_scaling_and_show(call, tmp_path):
+    tiny = ["bench", "scaling", "--device", "cpu", "--queries", "32", "--keys", "16", "--dim", "16", "--dtype", "float32", "--repeats", "1", "--out", tmp_path]
+    code, out, err = call(*tiny)
+    assert (code, err) == (0, "") and "32 queries on 16 keys" in out
+    assert call("bench", "show", tmp_path/"bench-scaling.json") == (0, out, "")
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    "A checkout with a figure from a file, whose command is quick, and a page that computes its own."
+    (tmp_path/"nbs"/"results").mkdir(parents=True)
+    with monkeypatch.context() as m:
+        m.setattr(sys, "argv", ["theria", "train-decoder", "--steps", "1", "--device", "cpu"])
+        Record(tmp_path/"nbs"/"results"/"toy.json").add(dict(i=1), dict(x=2))
+    cells = ["rows = Record('../results/toy.json').rows()", "#| label: fig-toy\n#| fig-cap: A toy.\nplot(rows)", "#| label: tbl-own\n#| tbl-cap: Own.\nprint(1)"]
+    notebook = dict(cells=[dict(cell_type="code", source=c) for c in cells])
+    (tmp_path/"nbs"/"toy.ipynb").write_text(json.dumps(notebook))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_reproduce(call, checkout, monkeypatch):
+    assert [line.split()[0] for line in call("reproduce")[1].splitlines()] == ["fig-toy", "tbl-own"]
+    code, out, err = call("reproduce", "fig-toy")
+    assert (code, err) == (0, "") and "A toy." in out and "theria train-decoder --steps 1 --device cpu\n" in out and "run on" in out
+    assert "jupyter execute nbs/toy.ipynb" in call("reproduce", "tbl-own")[1]
+    assert call("reproduce", "fig-toi")[2].endswith("did you mean fig-toy.\n")
+    ran = []
+    monkeypatch.setattr("subprocess.run", lambda c: ran.append(c) or subprocess.CompletedProcess(c, len(ran) - 1))
+    assert [call("reproduce", "fig-toy", "--run")[0] for _ in range(2)] == [0, 1]
+    assert ran[0] == (sys.executable, "-m", "theria", "train-decoder", "--steps", "1", "--device", "cpu")
+
+
+def test_every_label_of_the_site_has_an_origin(monkeypatch):
+    from theria.reproduce import all_shown, origin
+    for shown in all_shown(ROOT): assert origin(shown, ROOT).commands, shown

@@ -219,3 +219,29 @@ def test_estimators_are_open_and_state_what_they_differentiate():
 def test_divergence_is_reported_not_returned():
     with pytest.raises(Diverged, match="outer step 0.*smaller"):
         meta_train(PatchTransformer(3, n_layers=1), glyphs(), Protocol(ways=3, lr=1e30), tasks=2, outer_steps=5)
+
+
+def flat(grads): return torch.cat([g.detach().double().flatten() for g in grads.values()])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("estimator", ["full", "mixed", "checkpointed"])
+@pytest.mark.parametrize("backend", ["reference", "triton_full_fused"])
+def test_a_meta_gradient_recorded_as_a_cuda_graph_is_the_same(backend, estimator):
+    from theria.meta.learner import learner_for
+    model, data = learner_for("glyphs", 5, backend=backend).cuda(), glyphs()
+    go = lambda graph: meta_train(model, data, Protocol(learn_lr=True, momentum=.5), estimator=estimator, tasks=4, outer_steps=4, graph=graph)
+    eager, graph = go(False), go(True)
+    assert max(abs(a["query_loss"] - b["query_loss"]) for a, b in zip(eager.history, graph.history)) < 1e-3
+    assert eager.history[0]["query_loss"] != eager.history[-1]["query_loss"]
+    assert ((flat(eager.params) - flat(graph.params)).norm()/flat(eager.params).norm()).item() < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [64, 256])
+def test_estimators_of_the_same_number_agree_on_a_gpu_and_keep_less(T):
+    from theria.meta.experiments import Step, measure_step
+    step, device = Step(T, 10, 8, dtype="float32"), torch.device("cuda")
+    rows = {e: measure_step(step, e, "triton_full_fused", device, ms=1.) for e in ("full", "mixed", "checkpointed")}
+    assert all(r["failure"] is None and r["error"] < 1e-4 for r in rows.values()), rows
+    assert max(rows[e]["memory"] for e in ("mixed", "checkpointed")) < rows["full"]["memory"]/3

@@ -2,9 +2,16 @@
 __version__ = "0.1.0"
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers and editors
+    from theria.attention.audit import audit as audit
+    from theria.attention.custom import sdpa_custom as sdpa_custom
+    from theria.attention.derivatives import sdpa_double_backward as sdpa_double_backward, sdpa_hvp as sdpa_hvp, sdpa_jvp as sdpa_jvp, sdpa_vjp as sdpa_vjp
+    from theria.attention.flash import FlashAttention as FlashAttention, flash_attention as flash_attention
 
 _HOME = {"audit": "theria.attention.audit", "FlashAttention": "theria.attention.flash", "flash_attention": "theria.attention.flash",
-         "sdpa_custom": "theria.attention.custom"}
+         "sdpa_custom": "theria.attention.custom", **dict.fromkeys(("sdpa_vjp", "sdpa_jvp", "sdpa_hvp", "sdpa_double_backward"), "theria.attention.derivatives")}
 __all__ = list(_HOME)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # %% ../../nbs/attention/forward.ipynb #4a76cebd
 from . import tuning
-from .launch import launch
+from .launch import Launch, hold, plan_laid_out, planned
 from .tiles import (ADD_BIAS, BOOL_BIAS, LN2, LOG2E, NO_BIAS, dot, factor, hide_and_bias, keep, keep_threshold, load_tile,
                                     online_softmax, seed_of, store_tile)
 
@@ -100,6 +100,24 @@ def dropout(seed, B, p): # batch elements per seed, threshold, 1/(1 - p)
 def scale_log2(scale): return max(scale*1.4426950408889634, 1e-30)
 
 # %% ../../nbs/attention/forward.ipynb #4999c944
+def _plan(x, scale, is_causal, dropout_p, config, prec):
+    q, k, v, bias, seed = x
+    (B, Hq, Lq, D), (_, Hkv, Lk, Dv) = q.shape, v.shape
+    kernel = None if config else hold("forward", x, scale, is_causal, dropout_p)
+    if kernel is None and B*Hq*Lq:
+        c, o = config or tuning.lookup("forward", q, Dv, Lk, is_causal, "" if bias is None else "bias"), q.new_empty(B, Hq, Lq, Dv, device="meta")
+        kernel = Launch(_forward_kernel, triton.cdiv(Lq, c.BM)*B*Hq, (
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *bias_strides(bias), Hq, Hq//Hkv, Lq, Lk, scale_log2(scale), *dropout(seed, B, dropout_p)), c,
+            D=D, DV=Dv, BD=padded(D), BDV=padded(Dv), BM=c.BM, BN=c.BN, BIAS=bias_kind(bias), CAUSAL=is_causal, DROP=dropout_p > 0, PRECISION=prec)
+    def run(*x):
+        o, L = x[0].new_empty(B, Hq, Lq, Dv), x[0].new_empty(B, Hq, Lq, dtype=torch.float32)
+        if kernel is not None: kernel(*x, o, L)
+        return o, L
+    return run
+
+_planned = plan_laid_out(_plan, (3,))
+
+# %% ../../nbs/attention/forward.ipynb #0dcec377
 def forward(
     q:Tensor, # (B, Hq, Lq, D) float16, bfloat16 or float32
     k:Tensor, # (B, Hkv, Lk, D)
@@ -110,14 +128,4 @@ def forward(
     config:tuning.Config|None=None, # tile sizes; None looks them up
 ) -> tuple[Tensor, Tensor]: # O (B, Hq, Lq, Dv) in the dtype of q, L (B, Hq, Lq) fp32
     "Output and row statistics in one kernel (@eq-online, @eq-lse)."
-    (B, Hq, Lq, D), (_, Hkv, Lk, Dv) = q.shape, v.shape
-    q, k, v, seed = *map(rows_contiguous, (q, k, v)), None if seed is None else seed.contiguous()
-    o, L = q.new_empty(B, Hq, Lq, Dv), q.new_empty(B, Hq, Lq, dtype=torch.float32)
-    if L.numel() == 0: return o, L
-    c = config or tuning.lookup("forward", q, Dv, Lk, is_causal, bias is None)
-    launch(_forward_kernel, triton.cdiv(Lq, c.BM)*B*Hq, (
-        q, k, v, bias, seed, o, L, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *bias_strides(bias),
-        Hq, Hq//Hkv, Lq, Lk, scale_log2(scale), *dropout(seed, B, dropout_p)), c,
-        D=D, DV=Dv, BD=padded(D), BDV=padded(Dv), BM=c.BM, BN=c.BN, BIAS=bias_kind(bias), CAUSAL=is_causal, DROP=dropout_p > 0,
-        PRECISION=precision(q.dtype))
-    return o, L
+    return planned(_planned, (q, k, v, bias, seed), scale, is_causal, dropout_p, config, precision(q.dtype))

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 # %% ../../nbs/attention/ops.ipynb #13a2e843
+from . import hopper_backward, hopper_forward, hopper_tangent # file the kernels for Hopper
 from .backward import backward as _backward
 from .forward import forward as _forward
 from .jvp import jvp as _jvp
-from .tangent_backward import tangent_backward as _tangent_backward
+from .tangent_backward import double_backward as _double_backward, tangent_backward as _tangent_backward
 
 # %% ../../nbs/attention/ops.ipynb #3277907c
 _library = torch.library.Library("theria", "FRAGMENT")
@@ -24,7 +25,7 @@ IMPLEMENTATIONS, _fresh = {}, set()
 
 def _define(name, schema, impl, fake): # an operator with a kernel for CUDA, and for the CPU through Triton's interpreter
     IMPLEMENTATIONS[name] = impl
-    if hasattr(torch.ops.theria, name): return
+    if hasattr(torch.ops.theria, name): return _fresh.discard(name)
     _fresh.add(name)
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CUDA", "CPU"): _library.impl(name, impl, key)
@@ -72,6 +73,19 @@ def _tangent_fake(q, k, v, bias, seed, *args): return _backward_fake(q, k, v, bi
 _define("tangent_backward", f"({_problem}, Tensor o, Tensor L, Tensor do, Tensor? dL, {_tangents}, Tensor? tdo, Tensor? tdL, Tensor to, Tensor tL, "
         f"{_numbers}, bool bias_grad) -> (Tensor tdq, Tensor tdk, Tensor tdv, Tensor tdbias)", _tangent_impl, _tangent_fake)
 
+# %% ../../nbs/attention/ops.ipynb #bc7de2d3
+def _double_impl(q, k, v, bias, seed, o, L, do, dL, dq, ddq, ddk, ddv, ddbias, scale, is_causal, dropout_p, bias_grad):
+    (*grads, gbias), ddo, ddL = _double_backward(q, k, v, bias, seed, o, L, do, dL, dq, ddq, ddk, ddv, ddbias, scale=scale, is_causal=is_causal,
+                                                 dropout_p=dropout_p, bias_grad=bias_grad)
+    return *grads, ddo, ddL, q.new_empty(0) if gbias is None else gbias
+
+def _double_fake(q, k, v, bias, seed, o, L, *args):
+    *grads, gbias = _backward_fake(q, k, v, bias, seed, None, None, None, None, *args[-4:])
+    return *grads, o.new_empty(o.shape), torch.empty_like(L), gbias
+
+_define("double_backward", f"({_problem}, Tensor o, Tensor L, Tensor do, Tensor? dL, Tensor dq, Tensor? ddq, Tensor? ddk, Tensor? ddv, Tensor? ddbias, {_numbers}, bool bias_grad)"
+        " -> (Tensor gq, Tensor gk, Tensor gv, Tensor ddo, Tensor ddL, Tensor gbias)", _double_impl, _double_fake)
+
 # %% ../../nbs/attention/ops.ipynb #8fb5f490
 def _fold(x, d, M): # (…, M at d, …) or unmapped -> (M·B, …)
     if x is None: return None
@@ -102,6 +116,7 @@ _batch("forward", {3}, False)
 _batch("backward", {3}, True)
 _batch("jvp", {3, 10}, False)
 _batch("tangent_backward", {3, 12}, True)
+_batch("double_backward", {3, 13}, True)
 
 # %% ../../nbs/attention/ops.ipynb #74ed1614
 def _flops(name): # register a formula
@@ -129,3 +144,9 @@ def _tangent_flops(q, k, v, bias, seed, o, L, do, dL, tq, tk, tv, tbias, tdo, *a
     (B, H, Lq, D), (_, _, Lk, Dv) = q, v
     has = lambda t: t is not None
     return 2*B*H*Lq*Lk*(D*(3 + 2*has(tq) + 2*has(tk)) + Dv*(2 + has(tv) + 2*has(tdo)))
+
+@_flops("double_backward")
+def _double_flops(q, k, v, bias, seed, o, L, do, dL, dq, tq, tk, tv, tbias, *args, out_shape=None, **kw): # the same, and the two of @eq-jvp that make its output
+    (B, H, Lq, D), (_, _, Lk, Dv) = q, v
+    has = lambda t: t is not None
+    return 2*B*H*Lq*Lk*(D*(3 + 2*has(tq) + 2*has(tk)) + Dv*(2 + 2*has(tv) + any(map(has, (tq, tk, tbias)))))

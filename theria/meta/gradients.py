@@ -4,21 +4,27 @@
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'FULL', 'FO', 'FO_STRICT', 'PATH_TOLERANCE', 'MetaGradient', 'Estimator', 'register_estimator',
-           'meta_gradient', 'Difference', 'rel_diff_full_vs_fo', 'cut', 'SecondOrderPath', 'second_order_path',
-           'Protocol', 'Diverged', 'MetaRun', 'meta_train', 'Evaluation', 'evaluate']
+           'learned_rates', 'find_estimator', 'meta_gradient', 'Difference', 'rel_diff_full_vs_fo', 'cut',
+           'SecondOrderPath', 'second_order_path', 'Protocol', 'Diverged', 'log_rates', 'MetaRun', 'meta_train',
+           'Evaluation', 'evaluate']
 
 # %% ../../nbs/meta/gradients.ipynb #65332481
-import math
+import hashlib, math, os, pickle, time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
 # %% ../../nbs/meta/gradients.ipynb #035c527c
 from ..attention.contract import ContractError
+from ..bench import captured
 from ..layers import as_attention
 from .adapt import Adapted, adapt, gradient, over_tasks, parameters, rates, spread, task_loss
 from .episodes import Characters
@@ -29,6 +35,7 @@ class MetaGradient(NamedTuple):
     grads:dict[str, Tensor] # by name, in the shape of the parameter
     loss:Tensor # query loss at θ_K: () or (tasks,)
     adapted:Adapted # θ_K (detached), support losses, parameters that had no gradient
+    log:dict={} # what the estimator measured on its way, such as residuals
 
 def _finish(loss_fn, params, adapted, query, also, unused):
     "Differentiate the query loss with respect to θ_0 as far as θ_K depends on it."
@@ -44,17 +51,19 @@ class Estimator(NamedTuple):
     "An entry of the table."
     name:str
     differentiates:str # what it differentiates, in one sentence
-    estimate:Callable # estimate(loss_fn, params, support, query, *, lr, steps, also, unused) -> MetaGradient
+    estimate:Callable # estimate(loss_fn, params, support, query, *, also, lr, steps, momentum, prox, only, unused, **options) -> MetaGradient
+    options:dict # its own settings, with their defaults
 
 ESTIMATORS: dict[str, Estimator] = {}
 
 def register_estimator(
     name:str, # what users call it
     differentiates:str, # what it differentiates, in one sentence
+    **options, # its own settings, with their defaults
 ) -> Callable: # decorator for an estimate function
     "Put an estimator into the table."
     def put(f):
-        ESTIMATORS[name] = Estimator(name, differentiates, f)
+        ESTIMATORS[name] = Estimator(name, differentiates, f, options)
         return f
     return put
 
@@ -62,16 +71,23 @@ def register_estimator(
 FULL, FO, FO_STRICT = "full", "fo", "fo_strict"
 
 @register_estimator(FULL, "θ_K as a function of θ_0 through every inner gradient: all K factors I − αH_k")
-def _full(loss_fn, params, support, query, *, lr, steps, also, unused):
-    adapted = adapt(loss_fn, params, support, lr=lr, steps=steps, create_graph=True, unused=unused)
-    return _finish(loss_fn, params, adapted, query, also, unused)
+def _full(loss_fn, params, support, query, *, also, **inner):
+    adapted = adapt(loss_fn, params, support, create_graph=True, **inner)
+    return _finish(loss_fn, params, adapted, query, also, inner["unused"])
 
 @register_estimator(FO, "θ_K as θ_0 minus constants: the inner gradients are detached, a learnable α still counts")
-def _fo(loss_fn, params, support, query, *, lr, steps, also, unused):
-    adapted = adapt(loss_fn, params, support, lr=lr, steps=steps, create_graph=False, unused=unused)
-    return _finish(loss_fn, params, adapted, query, also, unused)
+def _fo(loss_fn, params, support, query, *, also, **inner):
+    adapted = adapt(loss_fn, params, support, create_graph=False, **inner)
+    return _finish(loss_fn, params, adapted, query, also, inner["unused"])
 
 # %% ../../nbs/meta/gradients.ipynb #8fd2ba2c
+def learned_rates(
+    lr:float|Tensor|Mapping, # see `rates`
+    params:Mapping[str, Tensor], # θ
+) -> dict[str, Tensor]: # by the name of their parameter
+    "Those learning rates that require a gradient."
+    return {n: a for n, a in rates(lr, params).items() if isinstance(a, Tensor) and a.requires_grad}
+
 def _leaves(y):
     "The tensors requiring grad in which the graph of y ends."
     found, stack, seen = [], [y.grad_fn], {None}
@@ -96,17 +112,30 @@ def _watched(loss_fn):
 
 # %% ../../nbs/meta/gradients.ipynb #5f4c0d6f
 @register_estimator(FO_STRICT, "nothing but the query loss at a detached θ_K, after checking that nothing else could carry a derivative")
-def _fo_strict(loss_fn, params, support, query, *, lr, steps, also, unused):
-    learned = [n for n, a in rates(lr, params).items() if isinstance(a, Tensor) and a.requires_grad]
+def _fo_strict(loss_fn, params, support, query, *, also, **inner):
+    learned = learned_rates(inner["lr"], params)
     if learned or also:
-        raise ContractError(f"got {f'a learnable lr for {learned[0]}' if learned else f'also={sorted(also)}'}; accepted by 'fo_strict' are fixed learning rates "
+        raise ContractError(f"got {f'a learnable lr for {next(iter(learned))}' if learned else f'also={sorted(also)}'}; accepted by 'fo_strict' are fixed learning rates "
                             "and no further tensors to differentiate: detach it, or use 'fo'.")
     watched = _watched(loss_fn)
-    adapted = adapt(watched, {n: p.detach() for n, p in params.items()}, support, lr=lr, steps=steps, unused=unused)
+    adapted = adapt(watched, {n: p.detach() for n, p in params.items()}, support, **inner)
     theta = {n: p.requires_grad_() for n, p in adapted.params.items()}
-    return _finish(watched, theta, adapted._replace(params=theta), query, {}, unused)
+    return _finish(watched, theta, adapted._replace(params=theta), query, {}, inner["unused"])
 
 # %% ../../nbs/meta/gradients.ipynb #a8c79379
+def find_estimator(
+    name:str, # a key of `ESTIMATORS`
+    options:Mapping=(), # settings that it must have
+) -> Estimator:
+    "The entry of the table, or one sentence why not."
+    if name not in ESTIMATORS:
+        import_module("theria.meta.estimators"), import_module("theria.meta.implicit")
+    if name not in ESTIMATORS: raise ContractError(f"got estimator={name!r}; accepted are {', '.join(ESTIMATORS)}: choose one of them.")
+    has = ESTIMATORS[name].options
+    if odd := [o for o in options if o not in has]:
+        raise ContractError(f"got the option {odd[0]!r} for the estimator {name!r}, which has {', '.join(has) or 'none'}: leave it out, or choose another estimator.")
+    return ESTIMATORS[name]
+
 def meta_gradient(
     estimator:str, # a key of `ESTIMATORS`
     loss_fn:Callable, # loss_fn(params, batch) -> a scalar, or one loss per task
@@ -116,14 +145,17 @@ def meta_gradient(
     *,
     lr:float|Tensor|Mapping, # α, see `rates`
     steps:int, # K
+    momentum:float=0., prox:float=0., only:str="", # μ, λ and who moves, see `adapt`
     also:Mapping[str, Tensor]|None=None, # further tensors that require grad
     unused:str="error", # what to do about a parameter without gradient, see `gradient`
+    **options, # of the estimator
 ) -> MetaGradient:
     "Gradient of the query loss after adaptation (@eq-meta-objective) as the named estimator sees it."
-    if estimator not in ESTIMATORS: raise ContractError(f"got estimator={estimator!r}; accepted are {', '.join(ESTIMATORS)}: choose one of them.")
+    entry = find_estimator(estimator, options)
     if not params: raise ContractError("got no parameters; accepted is a non-empty dict of tensors: pass parameters(model).")
     params = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
-    return ESTIMATORS[estimator].estimate(loss_fn, params, support, query, lr=lr, steps=steps, also=also or {}, unused=unused)
+    return entry.estimate(loss_fn, params, support, query, lr=lr, steps=steps, momentum=momentum, prox=prox, only=only, also=also or {}, unused=unused,
+                          **entry.options | options)
 
 # %% ../../nbs/meta/gradients.ipynb #b02ae976
 class Difference(NamedTuple):
@@ -214,57 +246,153 @@ class Protocol:
     ways:int=5 # N, classes per task
     shots:int=1 # support images per class
     queries:int=5 # query images per class
-    lr:float=.3 # α
+    lr:float=.3 # α, or where it starts
     steps:int=3 # K
+    momentum:float=0. # μ
+    prox:float=0. # λ
+    only:str="" # the beginning of the names of the parameters that move
+    learn_lr:bool=False # meta-learn a rate for each parameter tensor?
 
     def draw(self, data, generator, tasks): return data.sample(self.ways, self.shots, self.queries, generator, tasks)
+
+    @property
+    def rule(self): return dict(steps=self.steps, momentum=self.momentum, prox=self.prox, only=self.only)
 
 class Diverged(ContractError, ArithmeticError):
     "Training left the finite numbers."
 
 # %% ../../nbs/meta/gradients.ipynb #7f09b96c
+def log_rates(protocol:Protocol, params:Mapping[str, Tensor]) -> dict[str, Tensor]: # leaves; none if rates are not learned
+    "The logarithms of the learned rates at their start."
+    if not protocol.learn_lr: return {}
+    like = next(iter(params.values()))
+    return {f"log α of {n}": torch.full((), math.log(protocol.lr), dtype=like.dtype, device=like.device, requires_grad=True) for n in params}
+
+def _lr(protocol, params, logs): return {n: logs[f"log α of {n}"].exp() for n in params} if logs else protocol.lr
+
+# %% ../../nbs/meta/gradients.ipynb #d6fe321f
 class MetaRun(NamedTuple):
     "A finished outer loop."
     params:dict[str, Tensor] # θ_0 at its end, detached
     history:list[dict] # one record per outer step: step, support_loss (before adaptation), query_loss (after), grad_norm
+    rates:dict[str, float]|None=None # the learned rates
 
-def _outer_step(m, theta, opt, clip, step):
-    for n, p in theta.items(): p.grad = m.grads[n].mean(0)
-    norm = nn.utils.clip_grad_norm_(theta.values(), clip).item()
+def _processes(): return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+def _share(e, tasks):
+    rank, world = _processes()
+    if tasks % world: raise ContractError(f"got tasks={tasks} in {world} processes; accepted is a multiple of the number of processes: change one of them.")
+    return e if world == 1 else type(e)(*(x[rank::world] for x in e))
+
+def _average(tensors):
+    "Replace each tensor by its mean over the processes."
+    if _processes()[1] == 1: return
+    together = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(together)
+    for t, x in zip(tensors, (together/_processes()[1]).split([t.numel() for t in tensors])): t.copy_(x.view_as(t))
+
+# %% ../../nbs/meta/gradients.ipynb #2581d484
+class _Replayed:
+    "A function of a batch, recorded as a CUDA graph at its first call."
+    def __init__(self, f): self.f, self.replay = f, None
+
+    def __call__(self, e):
+        if self.replay is None:
+            self.e = type(e)(*(x.clone() for x in e))
+            self.replay, self.out = captured(lambda: partial(self.f, self.e))
+        for old, new in zip(self.e, e): old.copy_(new)
+        self.replay()
+        return self.out
+
+# %% ../../nbs/meta/gradients.ipynb #bd77b9fd
+class _Outer:
+    "The state of the outer loop, in memory and in a file."
+    def __init__(self, theta, logs, lr, seed, what, path):
+        self.learned, self.what, self.path, self.history = {**theta, **logs}, what, Path(path) if path else None, []
+        self.opt, self.gen = torch.optim.Adam(self.learned.values(), lr=lr), torch.Generator().manual_seed(seed)
+        if self.path and self.path.exists(): self.load()
+
+    def load(self):
+        try: kept = torch.load(self.path, weights_only=True, map_location="cpu")
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError): return # not a state: it will be replaced
+        if not isinstance(kept, dict) or kept.get("what") != self.what: return
+        with torch.no_grad():
+            for n, p in self.learned.items(): p.copy_(kept["learned"][n])
+        self.opt.load_state_dict(kept["opt"])
+        self.gen.set_state(kept["gen"])
+        self.history = kept["history"]
+
+    def save(self):
+        if not self.path or _processes()[0]: return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_name(f".{self.path.name}.tmp")
+        with open(part, "wb") as f:
+            torch.save(dict(what=self.what, learned={n: p.detach() for n, p in self.learned.items()}, opt=self.opt.state_dict(), gen=self.gen.get_state(), history=self.history), f)
+            f.flush(); os.fsync(f.fileno())
+        os.replace(part, self.path)
+
+# %% ../../nbs/meta/gradients.ipynb #7f01f608
+def _step(outer, m, clip, tasks):
+    "One step of Adam, and its record."
+    for n, p in outer.learned.items(): p.grad = m.grads[n].mean(0) if m.grads[n].dim() > p.dim() else m.grads[n]/tasks
+    told = torch.stack([m.adapted.losses[0].mean() if len(m.adapted.losses) else m.loss.new_tensor(math.nan), m.loss.mean()])
+    _average([*(p.grad for p in outer.learned.values()), told])
+    norm, step = nn.utils.clip_grad_norm_(outer.learned.values(), clip), len(outer.history)
+    norm, support, query = torch.stack([norm, *told.to(norm.dtype)]).tolist()
     if not math.isfinite(norm):
         raise Diverged(f"got a meta-gradient of length {norm} at outer step {step}; accepted are finite ones: choose a smaller inner or outer learning rate.")
-    opt.step()
-    return dict(step=step, support_loss=m.adapted.losses[0].mean().item() if len(m.adapted.losses) else math.nan, query_loss=m.loss.mean().item(), grad_norm=norm)
+    outer.opt.step()
+    outer.history.append(dict(step=step, support_loss=support, query_loss=query, grad_norm=norm))
 
-# %% ../../nbs/meta/gradients.ipynb #d6fe321f
+def _fingerprint(params, *settings):
+    h = hashlib.sha256(repr(settings).encode())
+    for n, p in params.items(): h.update(n.encode() + p.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+# %% ../../nbs/meta/gradients.ipynb #0217f5e2
 def meta_train(
     model:nn.Module, # its parameters are the initial θ_0; they are not changed
     data:Characters, # training classes
     protocol:Protocol=Protocol(),
     *,
     estimator:str=FULL, # a key of `ESTIMATORS`
+    options:Mapping|None=None, # of the estimator
     tasks:int=8, # per outer step
     outer_steps:int=150,
     outer_lr:float=3e-3, # of Adam
     clip:float=10., # largest length of the meta-gradient
     seed:int=0, # of the tasks
     vectorize:bool=True, # run the tasks of a step together? The attention must support `vmap`
+    graph:bool=False, # record the meta-gradient as a CUDA graph?
     unused:str="error", # what to do about a parameter without gradient, see `gradient`
-    callback:Callable|None=None, # callback(record) after every outer step
+    resume:Path|str|None=None, # file of the state; None keeps none
+    every:float=10., # seconds after which it is written again
+    callback:Callable|None=None, # callback(record) after every outer step; what it raises ends the run, after its state is written
+    check:Callable|None=None, # check(params, rates) -> dict, which goes into the record of a step
+    check_every:int=0, # steps between checks; 0 is never
 ) -> MetaRun:
     "Minimize @eq-meta-objective over θ_0."
-    device, theta, gen = next(model.parameters()).device, parameters(model), torch.Generator().manual_seed(seed)
-    loss_fn, opt, history = over_tasks(task_loss(model), vectorize), torch.optim.Adam(theta.values(), lr=outer_lr), []
-    for step in range(outer_steps):
-        e = protocol.draw(data, gen, tasks).to(device)
-        m = meta_gradient(estimator, loss_fn, spread(theta, tasks), e.support, e.query, lr=protocol.lr, steps=protocol.steps, unused=unused)
-        history.append(_outer_step(m, theta, opt, clip, step))
-        if callback: callback(history[-1])
-    return MetaRun({n: p.detach() for n, p in theta.items()}, history)
+    device, theta, options = next(model.parameters()).device, parameters(model), dict(options or {})
+    what = _fingerprint(theta, data.title, protocol, estimator, sorted(options.items()), tasks, outer_lr, clip, seed, unused)
+    logs, loss_fn = log_rates(protocol, theta), over_tasks(task_loss(model, data.loss), vectorize)
+    outer, share, written = _Outer(theta, logs, outer_lr, seed, what, resume), tasks//_processes()[1], time.monotonic()
+    def estimate(e):
+        return meta_gradient(estimator, loss_fn, spread(theta, share), e.support, e.query, lr=_lr(protocol, theta, logs), **protocol.rule, also=logs, unused=unused, **options)
+    if graph: estimate = _Replayed(estimate)
+    now = lambda: {n: a.item() for n, a in _lr(protocol, theta, logs).items()} if logs else None
+    while len(outer.history) < outer_steps:
+        e = _share(protocol.draw(data, outer.gen, tasks), tasks).to(device, next(iter(theta.values())).dtype)
+        _step(outer, estimate(e), clip, share)
+        if check and check_every and len(outer.history) % check_every == 0: outer.history[-1] |= check({n: p.detach() for n, p in theta.items()}, now())
+        if time.monotonic() - written > every: outer.save(); written = time.monotonic()
+        try: callback and callback(outer.history[-1])
+        except BaseException: outer.save(); raise
+    outer.save()
+    return MetaRun({n: p.detach() for n, p in theta.items()}, outer.history[:outer_steps], now())
 
-# %% ../../nbs/meta/gradients.ipynb #2581d484
+# %% ../../nbs/meta/gradients.ipynb #8c208fd4
 class Evaluation(NamedTuple):
-    "Accuracy on query sets, over tasks."
+    "Scores on query sets, over tasks."
     accuracy:float # mean over tasks, after adaptation
     interval:float # half-width of its 95 % interval over tasks
     before:float # the same mean before adaptation
@@ -277,24 +405,26 @@ def evaluate(
     data:Characters, # test classes
     protocol:Protocol=Protocol(),
     *,
+    rates:Mapping[str, float]|None=None, # learned rates; None is the protocol's
     tasks:int=200,
     seed:int=0, # of the tasks
     chunk:int=50, # tasks that run together
     vectorize:bool=True, # may they run as one? The attention must support `vmap`
     unused:str="error", # what to do about a parameter without gradient, see `gradient`
 ) -> Evaluation:
-    "Query accuracy after adaptation to unseen tasks."
+    "Query score after adaptation to unseen tasks."
     if tasks < 2: raise ContractError(f"got tasks={tasks}; accepted are at least 2, for an uncertainty: evaluate on more.")
     theta0, gen = parameters(model) if params is None else params, torch.Generator().manual_seed(seed)
     theta0 = {n: p.detach() for n, p in theta0.items()}
-    loss_fn = over_tasks(task_loss(model), vectorize)
-    logits = over_tasks(lambda p, batch: functional_call(model, p, (batch[0],)), vectorize)
+    like = next(iter(theta0.values()))
+    loss_fn = over_tasks(task_loss(model, data.loss), vectorize)
+    answer = over_tasks(lambda p, batch: functional_call(model, p, (batch[0],)), vectorize)
     after, before = [], []
     for n in [chunk]*(tasks//chunk) + [tasks % chunk]*(tasks % chunk > 0):
-        e = protocol.draw(data, gen, n).to(next(iter(theta0.values())).device)
+        e = protocol.draw(data, gen, n).to(like.device, like.dtype)
         theta = spread(theta0, n)
-        theta_K = adapt(loss_fn, theta, e.support, lr=protocol.lr, steps=protocol.steps, unused=unused).params
+        theta_K = adapt(loss_fn, theta, e.support, lr=protocol.lr if rates is None else rates, **protocol.rule, unused=unused).params
         with torch.no_grad():
-            for p, out in ((theta, before), (theta_K, after)): out.append((logits(p, e.query).argmax(-1) == e.query_y).double().mean(-1))
+            for p, out in ((theta, before), (theta_K, after)): out.append(data.score(answer(p, e.query), e.query_y))
     after, before = torch.cat(after).cpu(), torch.cat(before).cpu()
     return Evaluation(after.mean().item(), (1.96*after.std()/len(after)**.5).item(), before.mean().item(), after)

@@ -1,0 +1,81 @@
+"""Run every kernel once under compute-sanitizer: `python scripts/sanitize.py` (memcheck and racecheck; takes some minutes, because checked kernels run slowly).
+
+The problems are small and ragged, in half and single precision, with and without causality, mask, dropout and grouped heads, and pass through the public calls, so that every
+kernel of the package is launched. compute-sanitizer comes with the CUDA toolkit; it is looked for on PATH and below CUDA_HOME.
+"""
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ("memcheck", "racecheck")
+
+
+def find():
+    "The sanitizer, or one sentence."
+    places = [os.environ.get("PATH", "")] + [f"{home}/{folder}" for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda") if home
+                                             for folder in ("bin", "compute-sanitizer")]
+    found = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    return found or sys.exit("got no compute-sanitizer on PATH or below CUDA_HOME; accepted is the one of the CUDA toolkit: install it, or set CUDA_HOME.")
+
+
+def problems():
+    "Calls that launch every kernel between them, by name."
+    import torch
+
+    from theria import sdpa_custom
+    from theria.attention.backward import arrangement
+
+    def derivatives(dtype, D=40, Dv=24, Lq=77, Lk=50, mask=None, backend="triton_full_fused", form=None, parts=None, **kw):
+        g = torch.Generator("cuda").manual_seed(0)
+        rand = lambda *s: torch.randn(*s, generator=g, device="cuda", dtype=dtype)
+        leaves = [rand(2, 4, Lq, D), rand(2, 2, Lk, D), rand(2, 2, Lk, Dv), rand(2, 4, Lq, Dv)]
+        bias = dict(bool=lambda: rand(2, 1, Lq, Lk) > 0, additive=lambda: rand(1, 4, 1, Lk)).get(mask, lambda: None)()
+        if mask == "additive": leaves.append(bias)
+        leaves = [x.requires_grad_() for x in leaves]
+        call = lambda q, k, v, *b: sdpa_custom(q, k, v, b[0] if b else bias, enable_gqa=True, backend=backend, **kw)
+        wrt = [*leaves[:3], *leaves[4:]]
+        with arrangement(form, parts):
+            first = torch.autograd.grad(call(*wrt), wrt, leaves[3], create_graph=True)
+            torch.autograd.grad(first, leaves, [rand(*x.shape) for x in first])
+            torch.func.jvp(call, tuple(wrt), tuple(rand(*x.shape) for x in wrt))
+        torch.cuda.synchronize()
+
+    half, single = torch.float16, torch.float32
+    ways = dict(two=("two", None), once=("once", None), parts=("two", (2, 3)), atomic=("atomic", None))
+    for dtype in (half, torch.bfloat16, single):
+        name = str(dtype).removeprefix("torch.")
+        for how, (form, parts) in ways.items(): yield f"{name} {how}", lambda d=dtype, f=form, s=parts: derivatives(d, form=f, parts=s, is_causal=True)
+        for mask in ("bool", "additive"): yield f"{name} {mask}", lambda d=dtype, m=mask: derivatives(d, mask=m, dropout_p=.3)
+    for D in (64, 128, 256): yield f"float16 D{D}", lambda D=D: derivatives(half, D, D, 130, 130)
+    for backend in ("triton_ref", "triton_fast", "triton_fused"): yield backend, lambda b=backend: derivatives(half, backend=b, dropout_p=.3)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--tool", action="append", choices=TOOLS, help="only this tool; may be repeated")
+    p.add_argument("--run", action="store_true", help="run the problems without a sanitizer, as it does")
+    a = p.parse_args()
+    if a.run:
+        sys.path.insert(0, str(ROOT))
+        for name, call in problems():
+            print(name, flush=True)
+            call()
+        return
+    sanitizer, clean = find(), True
+    # Triton's kernels are compiled by a plain run first: under the tool, compiling would be traced too. Without PyTorch's cache of memory, every tensor is an allocation the tool knows.
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+    again = [sys.executable, __file__, "--run"]
+    subprocess.run(again, check=True, env=env, stdout=subprocess.DEVNULL)
+    for tool in a.tool or TOOLS:
+        done = subprocess.run([sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9", *again], env=env, capture_output=True, text=True)
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")]
+        print(f"{tool}: {'clean' if done.returncode == 0 else 'FAILED'}", *said[-1:] if done.returncode == 0 else said[:60], sep="\n")
+        clean &= done.returncode == 0
+    sys.exit(0 if clean else 1)
+
+
+if __name__ == "__main__": main()
