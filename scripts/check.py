@@ -324,16 +324,29 @@ def check_asserts(root):
 
 # tests: pytest
 
-def check_tests(root, limit=600):
+def check_tests(root, limit=900, workers=2):
     "pytest passes, and leaves nothing behind."
+    def test(files):
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={limit // 2}", "--durations=3", *files]
+        status, output = run(command, tree, limit=limit)
+        names = ", ".join(path.name for path in files)
+        if status is None: return {}, f"pytest was ended after {limit} s, its time limit, in {names}; so far it printed:\n{tail(output)}"
+        counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", output.strip().rpartition("\n")[2])}
+        return counts, f"pytest fails in {names}:\n{tail(output, 200)}" if status != 0 else None
+
     with copy_of(root) as tree:
         before = contents(tree)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={limit // 2}", "--durations=5"]
-        status, output = run(command, tree, limit=limit)
+        files = sorted((tree/"tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)
+        groups = [files[i::3*workers] for i in range(min(3*workers, len(files)))]  # several for each worker, so that a slow one does not come last
+        pool = ThreadPoolExecutor(workers)
+        try: results = list(pool.map(test, groups))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop()
         problems = [f"Running the tests wrote or changed {path}: use tmp_path." for path in changed(before, contents(tree))]
-    if status is None: problems.append(f"pytest was ended after {limit} s, its time limit; so far it printed:\n{tail(output)}")
-    elif status != 0: problems.append(f"pytest fails:\n{tail(output, 200)}")
-    return problems, output.strip().rpartition("\n")[2].strip("= ") + "." if status == 0 else ""
+    problems += [problem for _, problem in results if problem]
+    total = lambda what: sum(counts.get(what, 0) for counts, _ in results)
+    return problems, f"{total('passed')} tests passed, {total('skipped')} were skipped."
 
 
 CHECKS = dict(layers=check_layers, asserts=check_asserts, clean=check_clean, pages=check_pages, notebooks=check_notebooks, tests=check_tests)

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-STREAMS = {"forward": [(128, 2, 2), (128, 3, 2), (64, 2, 4), (64, 3, 3)], "backward_q": [(64, 2, 2), (64, 2, 3), (128, 2, 2)], "backward_kv": [(64, 2, 2), (64, 2, 3), (64, 3, 4), (128, 2, 2)],
+STREAMS = {"forward": [(128, 2, 2), (128, 2, 2, True), (128, 3, 2), (128, 3, 2, True), (128, 2, 3), (128, 2, 3, True), (64, 2, 4, True), (64, 3, 3)], "backward_q": [(64, 2, 2), (64, 2, 3), (128, 2, 2)], "backward_kv": [(64, 2, 2), (64, 2, 3), (64, 3, 4), (128, 2, 2)],
            "jvp": [(64, 2, 2), (64, 2, 3), (64, 3, 3), (128, 2, 2)], "tangent_q": [(64, 2, 2), (64, 2, 3)], "tangent_kv": [(64, 2, 2), (64, 2, 3), (32, 2, 2), (32, 2, 4)],
            "tangent_pair": [(64, 2, 2), (64, 1, 2), (64, 2, 3), (128, 1, 2)]}
 JOBS = [(op, D, causal, s) for D in (64, 128) for causal in (False, True) for op, streams in STREAMS.items() for s in streams]
@@ -58,7 +58,10 @@ def launch_of(op, D, causal, stream, x): # the launch, and the outputs it will f
     made = {n: torch.full_like(x[like[n]], float("nan")) for n in outs}
     names = [n for n in x if n not in made]
     scales = (scale_log2(D**-.5),) if op == "forward" else (D**-.5, scale_log2(D**-.5))
-    run = Streamed(kernel, n_blocks*B*heads, " ".join([*names, *made]), (*scales, Lq, Lk, heads, Hq//Hkv, n_blocks), config, **constants(config), CAUSAL=causal)
+    blocks = n_blocks*B*heads
+    programs = min(blocks, torch.cuda.get_device_properties(0).multi_processor_count) if config.persistent else blocks
+    numbers = *scales, Lq, Lk, heads, Hq//Hkv, n_blocks, *[blocks]*(op == "forward")
+    run = Streamed(kernel, programs, " ".join([*names, *made]), numbers, config, **constants(config), CAUSAL=causal)
     return (lambda: run(*(x[n] for n in names), *made.values())), made
 
 

@@ -555,3 +555,14 @@ def test_gpu_search_finds_a_right_configuration(tmp_path):
     assert [r["op"] for r in found] == ["forward", "tangent_kv"] and all(r["p50"] > 0 for r in found)
     tried = Record(tmp_path/"bench-tune.json").rows(every_run=True, part="tune")
     assert any(r["registers"] and r["shared"] for r in tried)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_gpu_uses_of_the_second_order_agree_with_the_math_path(tmp_path):
+    from theria.uses import run_uses
+    rows = run_uses(tmp_path, ms=2., lengths={"penalty": (256,), "curvature": (256,), "forces": (64,)}, d_model=128, n_heads=2).rows()
+    assert len(rows) == 6 and [r["failure"] for r in rows] == [None]*6 and all(r["p50"] > 0 and r["memory"] > 0 for r in rows)
+    for part, what in (("penalty", "loss"), ("curvature", "eigenvalue"), ("forces", "loss")):
+        ours, theirs = ([r[what] for r in rows if (r["part"], r["attention"]) == (part, a)][0] for a in ("theria", "math"))
+        assert abs(ours - theirs) <= .05*abs(theirs) + 1e-3, (part, ours, theirs)  # bf16 on both sides

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from theria.records import Record, from_json
 TINY = dict(tasks=2, depths=[1, 2], seeds=1, outer_steps=2, meta_batch=2, test_tasks=4)
 ROOT = Path(theria.__file__).parents[1]
 COMMANDS = ["contract", "audit", "train-decoder", "maml", "train-np", "reproduce", "bench"]
-BENCH = ["sdpa", "second-order", "np", "scaling", "tune", "show"]
+BENCH = ["sdpa", "second-order", "np", "np-kernels", "scaling", "uses", "merge", "tune", "show"]
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_names_in_the_help_are_those_of_the_package():
 # Bad values
 
 CUDA = [["contract", "--backend", "triton_fused"], ["contract", "--device", "cuda"], ["maml", "--device", "cuda"], ["train-decoder", "--device", "cuda"], ["audit", "reference", "--device", "cuda"],
-        ["train-np", "--device", "cuda"], ["bench", "sdpa"], ["bench", "np"], ["bench", "scaling"]]
+        ["train-np", "--device", "cuda"], ["bench", "sdpa"], ["bench", "np"], ["bench", "np-kernels"], ["bench", "scaling"], ["bench", "uses"], ["bench", "tune"]]
 BAD = [["contrakt"], ["--seed", "3"], ["contract", "extra"], ["contract", "--sed", "3"], ["contract", "--seed"],
        ["contract", "--seed", "-1"], ["contract", "--seed", "1.5"], ["contract", "--seed", "x"], ["contract", "--seed", str(2**70)], ["contract", "--seed", str(2**63 - 1)],
        ["contract", "--preset", "slow"], ["contract", "--preset", ""], ["contract", "--device", "tpu"], ["contract", "--device", "cuda:x"],
@@ -284,6 +285,20 @@ def test_audit_says_with_its_exit_code_whether_something_is_silently_wrong(call,
     assert (got, err) == (code, "") and ("wrong, silently" in out) == bool(code)
 
 
+def test_audit_names_the_cause(call):
+    code, out, err = call("audit", "raw_kernel")
+    assert code == 1 and "its second derivative is lost" in out
+
+
+def test_audit_of_everything_that_has_a_name(call, tmp_path, monkeypatch):
+    import theria.where
+    monkeypatch.setattr(theria.where, "survey", partial(theria.where.survey, names=("reference", "sdpa-math", "sdpa-cudnn")))
+    code, out, err = call("audit", "all", "--json", tmp_path/"where.json")
+    assert (code, err) == (0, "") and all(words in out for words in ("reference", "exact", "raises", "not here"))
+    assert len(Record(tmp_path/"where.json").rows(every_run=True)) == 3
+    assert call("audit", "all", "--json", tmp_path/"where.json")[1] == out  # read, and not computed again
+
+
 THEIRS = '''
 import torch, helper
 def blhd(q, k, v, causal=False): return helper.attend(q, k, v, causal).clone(), None
@@ -367,6 +382,13 @@ def test_scaling_and_show(call, tmp_path):
     code, out, err = call(*tiny)
     assert (code, err) == (0, "") and "32 queries on 16 keys" in out
     assert call("bench", "show", tmp_path/"bench-scaling.json") == (0, out, "")
+
+
+def test_merge(call, tmp_path):
+    for i, name in enumerate("ab"): Record(tmp_path/f"{name}.json", dict(benchmark="sdpa", device="cpu")).add(dict(part="ceilings", i=i), dict(x=i))
+    code, out, err = call("bench", "merge", tmp_path/"all.json", tmp_path/"a.json", tmp_path/"b.json")
+    assert (code, err) == (0, "") and out.startswith(f"{tmp_path}/all.json holds ") and (tmp_path/"all.json").is_file()
+    assert "got FILE=" in call("bench", "merge", tmp_path/"all.json", tmp_path/"c.json")[2]
 
 
 @pytest.fixture

@@ -84,6 +84,25 @@ def layer_on_rank():
 def test_a_layer_takes_it_like_any_attention(): assert all(max(found) < 1e-11 for found in run_ranks(2, layer_on_rank))
 
 
+def neural_process_on_rank():
+    "The rectangular transformer with its observations and its targets dealt out, against the same model on all of them."
+    from theria.neural_process.model import Size, TransformerNP
+    from theria.neural_process.tasks import draw
+    W = dist.get_world_size()
+    make = lambda attention: TransformerNP(Size(d_model=16, n_layers=2, n_heads=2, d_ff=24, components=2), attention=attention, mlp="reference", heads="reference", gmm="reference").double()
+    ours, alone = make(context_parallel), make("reference")
+    alone.load_state_dict(ours.state_dict())
+    batch = [t.double() for t in draw("rbf", 3, 4*W, 6*W).batch]
+    for p, q in zip(ours.parameters(), alone.parameters()): dist.broadcast(p.data, 0), q.data.copy_(p.data)
+    mine = [t.chunk(W, 1)[dist.get_rank()] for t in batch]
+    loss, want = ours.loss(*mine), alone.loss(*batch)
+    g = [all_reduce(g)/W for g in torch.autograd.grad(loss, list(ours.parameters()))]
+    return rel_err(all_reduce(loss)/W, want), max(rel_err(a, b) for a, b in zip(g, torch.autograd.grad(want, list(alone.parameters()))) if b.norm() > 1e-12)
+
+
+def test_a_neural_process_over_several_ranks(): assert all(max(found) < 1e-10 for found in run_ranks(2, neural_process_on_rank))
+
+
 def refusals():
     said, x = [], torch.zeros(1, 2, 6, 4)
     for call in (lambda: shard(torch.zeros(1, 1, 5, 4)), lambda: shard(x, layout="balanced"), lambda: shard(x, layout="other"), lambda: context_parallel(x, x, x, bring="both"),

@@ -52,6 +52,8 @@ def test_masks_groups_and_scale_are_handed_on():
         assert rel_err(got, penalty(sdpa_custom, q, k, v, **kw)) == 0
     with replace_sdpa(): got = penalty(F.scaled_dot_product_attention, q, k[:, :1], v[:, :1], enable_gqa=True)
     assert rel_err(got, penalty(sdpa_custom, q, k[:, :1], v[:, :1], enable_gqa=True)) == 0
+    with replace_sdpa(): got = F.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=None, is_causal=True)
+    assert rel_err(got, sdpa_custom(q, k, v, is_causal=True)) == 0
     torch.manual_seed(0)
     with replace_sdpa(): got = F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
     torch.manual_seed(0)
@@ -85,8 +87,10 @@ def test_code_compiled_afresh_takes_what_is_underneath_at_that_time():
 def test_two_at_once_and_removing_twice():
     q, k, v, _ = problem()
     with replace_sdpa(), replace_sdpa("reference"): assert penalty(F.scaled_dot_product_attention, q, k, v).norm() > 0
-    under = Underneath()
-    under.remove(), under.remove()
+    under, over = Underneath(), Underneath("reference")
+    under.remove(), under.remove()  # not the latest: the other one stays
+    assert penalty(F.scaled_dot_product_attention, q, k, v).norm() > 0
+    over.remove(), over.remove()
     with pytest.raises(RuntimeError, match="is not implemented"): penalty(F.scaled_dot_product_attention, q, k, v)
 
 

@@ -1,5 +1,6 @@
 """The checks of scripts/check.py catch what they are there for: each test plants one fault in a small repository."""
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -198,6 +199,21 @@ def test_reference_to_another_page_becomes_a_link(house):
     assert page_faults(house, md("By @eq-b, [@eq-a] and `@eq-b`."), index=list(there)) == []
     linked = pages.read_cells(house, "_proc/attention/double.ipynb")[-1].source
     assert linked == "By [Equation 2 in “index”](../index.ipynb#eq-b), [Equation 1 in “index”](../index.ipynb#eq-a) and `@eq-b`."
+
+
+def test_references_in_tables_and_of_other_kinds_become_links(house):
+    there = [*INDEX, code("#| label: fig-plan\n#| fig-cap: A plan.\ndouble(5)", png()), md("## Twice {#sec-twice}")]
+    table = {"output_type": "execute_result", "execution_count": None, "metadata": {}, "data": {"text/markdown": "| see @fig-plan |\n|---|"}}
+    page_faults(house, md("As in @Fig-plan, and\nin [-@fig-plan]; `@fig-plan`\n\n```\n@fig-plan\n```"), code("double(6)", table), index=there)
+    *_, prose, cell = pages.read_cells(house, "_proc/attention/double.ipynb")
+    link = "[Figure 1 in “index”](../index.ipynb#fig-plan)"
+    assert prose.source == f"As in {link}, and\nin {link}; `@fig-plan`\n\n```\n@fig-plan\n```"
+    assert next(cell.texts("text/markdown")) == f"| see {link} |\n|---|"
+
+
+def test_references_within_a_page_are_left_to_quarto(house):
+    assert page_faults(house, md("Again @eq-double.")) == []
+    assert pages.read_cells(house, "_proc/attention/double.ipynb")[-1].source == "Again @eq-double."
 
 
 @pytest.mark.parametrize("bib, words", [
@@ -443,3 +459,41 @@ def test_docs_without_quarto(monkeypatch):
 def test_unknown_check():
     refusal = subprocess.run([sys.executable, ROOT/"scripts"/"check.py", "spelling"], capture_output=True, text=True)
     assert refusal.returncode == 2 and "no check 'spelling'" in refusal.stderr
+
+
+# How a processed page is arranged
+
+def processed(house, *cells):
+    "The double page, processed, with `cells` exported after its own."
+    write(house, "nbs/attention/double.ipynb", [*DOUBLE, *cells])
+    assert pages.nbdev("doclinks.nbdev_export()", house)[0] == 0
+    assert pages.process(house) is None
+    return pages.read_cells(house, "_proc/attention/double.ipynb")
+
+
+def test_what_a_page_says_of_a_function_stands_before_its_source(house):
+    shown = code('#| exports\ndef thrice(\n    x:int, # a number\n) -> int: # three times it\n    "Thrice of a number."\n    return 3*x')
+    cells = processed(house, shown, code("test_eq(thrice(2), 6)"))
+    order = [cell.number for cell in cells]
+    said, source = (next(i for i, cell in enumerate(cells) if re.search(pattern, cell.code, re.MULTILINE)) for pattern in (r"^show_doc\(thrice\)", r"^def thrice"))
+    assert said == source - 1 and cells[source].source.startswith("#| classes: exported\n") and "code-fold" not in cells[source].source
+    text = next(cells[said].texts("text/markdown"))
+    assert "Thrice of a number" in text and "def thrice" not in text and "#### thrice" in text.replace("##### ", "#### ").replace("### ", "#### ")[:400]
+    assert order == sorted(order)
+    alone = next(cell for cell in cells if re.search(r"^show_doc\(double\)", cell.code, re.MULTILINE))
+    assert "double" in "".join(alone.texts("text/markdown")) and not any("def double" in cell.code for cell in cells)
+
+
+def test_a_docstring_that_nobody_wrote_is_left_out(house):
+    cells = processed(house, code("#| export\ndef bare(x): return x"), code("test_eq(bare(2), 2)"))
+    bare = next(cell for cell in cells if re.search(r"^show_doc\(bare\)", cell.code, re.MULTILINE))
+    assert next(bare.texts("text/markdown")) == "::: {#bare}\n:::\n"
+
+
+def test_what_pytest_found_is_counted_over_processes(house):
+    (house/"tests").mkdir()
+    (house/"tests"/"test_one.py").write_text("def test_a(): assert 1 + 1 == 2\ndef test_b(): assert 1 + 1 == 2\n")
+    (house/"tests"/"test_two.py").write_text("import pytest\n@pytest.mark.skip(reason='later')\ndef test_c(): assert 1 + 1 == 2\n")
+    assert check.check_tests(house) == ([], "2 tests passed, 1 were skipped.")
+    (house/"tests"/"test_two.py").write_text("def test_c(): assert 1 + 1 == 3\n")
+    assert said(check.check_tests(house)[0], "pytest fails in test_two.py", "1 + 1 == 3")

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from theria.meta.adapt import over_tasks, parameters, spread, task_loss
-from theria.meta.episodes import glyphs
+from theria.meta.episodes import glyphs, load_data
 from theria.meta.gradients import ESTIMATORS, FULL, Protocol, evaluate, find_estimator, meta_gradient, meta_train
-from theria.meta.learner import PatchTransformer
+from theria.meta.learner import PatchTransformer, learner_for
 
 
 find_estimator("cg") # imports those that are not of the first three
@@ -56,3 +56,13 @@ def test_same_seed_same_run_and_other_seed_another():
     model, data = PatchTransformer(3, n_layers=1), glyphs()
     runs = [meta_train(model, data, Protocol(ways=3), estimator=FULL, tasks=2, outer_steps=2, seed=s).history for s in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("name,protocol,steps", [("sinusoid", Protocol(1, 10, 10, .02, 3), 60), ("digits", Protocol(5, 5, 3, .1, 4), 20)], ids=["sinusoid", "digits"])
+def test_other_tasks_are_learned(name, protocol, steps):
+    model, train, test = learner_for(name, protocol.ways, n_layers=1), load_data(name, "train"), load_data(name, "test")
+    run = meta_train(model, train, protocol, tasks=8, outer_steps=steps, outer_lr=5e-3)
+    start, end = (evaluate(model, p, test, protocol, tasks=60, seed=1) for p in (None, run.params))
+    better = end.accuracy - start.accuracy if test.measure == "accuracy" else start.accuracy - end.accuracy
+    assert better > start.interval + end.interval
+    assert (end.accuracy - end.before if test.measure == "accuracy" else end.before - end.accuracy) > end.interval  # adaptation itself helps

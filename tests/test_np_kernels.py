@@ -185,13 +185,16 @@ def gate():
             k = triton.compile(ASTSource(kernel, types, values, hints), target=GPUTarget("cuda", arch, 32), options=dict(num_warps=config.warps, num_stages=config.stages))
             name = kernel.fn.__name__ + "".join(f" {c}" for c, on in constants.items() if on is True)
             found.append(dict(kernel=name, arch=arch, shared=k.metadata.shared, wgmma=k.asm["ptx"].count("wgmma.mma_async"), ptx=k.asm["ptx"] if arch == 90 else None))
-    c = gmm.FORWARD
+    c = gmm.CONFIGS["forward"]
     for loss in (False, True): put(gmm._gmm_log_prob, c, K=10, LEVELS=5, ROW=30, BT=c.BM, LOSS=loss)
-    put(gmm._gmm_gradient, gmm.BACKWARD, K=10, LEVELS=5, ROW=30, BT=gmm.BACKWARD.BM, HAS_DY=False)
-    c = mlp.CONFIGS["up"]
-    for keep in (False, True): put(mlp._mlp_up, c, BM=c.BM, BN=c.BN, KEEP=keep, **common)
-    c = mlp.CONFIGS["dual"]
-    for kept in (False, True): put(mlp._mlp_dual, c, BM=c.BM, BN=c.BN, KEPT=kept, CHECK_OUT=False, **common)
+    c = gmm.CONFIGS["backward"]
+    put(gmm._gmm_gradient, c, K=10, LEVELS=5, ROW=30, BT=c.BM, HAS_DY=False)
+    for op, keep in (("up", False), ("keep", True)):
+        c = mlp.CONFIGS[op]
+        put(mlp._mlp_up, c, BM=c.BM, BN=c.BN, KEEP=keep, **common)
+    for op, kept in (("redo", False), ("dual", True)):
+        c = mlp.CONFIGS[op]
+        put(mlp._mlp_dual, c, BM=c.BM, BN=c.BN, KEPT=kept, CHECK_OUT=False, **common)
     c = mlp.CONFIGS["one"]
     put(mlp._mlp_one, c, C=512, C_OUT=512, BC=512, BO=512, BM=c.BM, BN=c.BN, PRECISION="ieee")
     for op, kernel in (("forward", heads._heads_forward), ("backward", heads._heads_backward)):

@@ -674,7 +674,8 @@ def kernel_table(rows:list, name:str) -> Table: # of a result file; a key of `PA
     found = defaultdict(dict)
     for r in rows:
         if r.get("part") == "kernels" and r["pass"] == name and r["kernels"]:
-            key = str(case_of(r)) + f", {r['dtype']}" if "Lq" in r else f"all, {r['dtype']}"
+            where = str(case_of(r)) if "Lq" in r else f"D{r['D']}{' causal'*r['causal']}{' rectangular'*(not r['square'])}" if "D" in r else "all"
+            key = f"{where}, {r['dtype']}"
             found[key][r["contender"]] = ", ".join(f"{_short_name(k)}" for k in list(r["kernels"])[:2])
     order = [c for c in CONTENDERS if any(c in by for by in found.values())]
     return Table([dict(case=case, **by) for case, by in found.items()], dict(case="case", **{c: c for c in order}), f"Kernels of {name}, the two that take longest.")
@@ -696,7 +697,7 @@ def to_terminal(table:Table, width:int|None=None):
 def latest(rows:list) -> list:
     "Of rows that measure the same on the same device, the last."
     names = ("device", "torch", "triton", "precision", "part", "mode", "pass", "contender", "op", *(f.name for f in fields(Case)), "square", "grouped",
-             "BM", "BN", "warps", "stages")
+             "BM", "BN", "warps", "stages", "N", "attention")
     return list({tuple(r.get(n) for n in names): r for r in rows}.values())
 
 def summary(rows:list, width:int|None=None):
@@ -1223,7 +1224,7 @@ def merge_files(
 def origin(rows:list) -> str:
     "On what the rows of a result file were measured."
     kinds = dict.fromkeys((r["device"], r["torch"], r["triton"]) for r in rows)
-    return "; ".join(f"{device}, PyTorch {t}, Triton {tr}" for device, t, tr in kinds) + f"; {sum(r.get('part') == 'time' for r in rows)} timed rows."
+    return "; ".join(f"{device}, PyTorch {t}, Triton {tr}" for device, t, tr in kinds) + f"; {sum(r.get('p50') is not None for r in rows)} timed rows."
 
 def on_file(name:str) -> list: # the latest rows of a file in results/, seen from the folder of the notebooks or of the checkout
     "The rows of a result file of this project; none if it is not there."

@@ -8,7 +8,7 @@ __all__ = ['UsageError', 'app', 'BACKENDS', 'DTYPES', 'Seed', 'ESTIMATORS', 'Dev
            'Heads', 'Tokens', 'Plan', 'Ms', 'Precision', 'Processes', 'Folder', 'whole', 'positive', 'from_zero',
            'json_object', 'choice', 'one_of', 'several', 'pairs', 'folder', 'result_folder', 'Commands', 'theria',
            'contract', 'audit', 'train_decoder', 'maml', 'train_np', 'bench_group', 'sdpa', 'second_order', 'np',
-           'scaling', 'tune', 'show', 'reproduce', 'main']
+           'np_kernels', 'scaling', 'uses', 'merge', 'tune', 'show', 'reproduce', 'main']
 
 # %% ../nbs/cli.ipynb #4e8559fb
 import json, os, subprocess, sys, tempfile
@@ -231,7 +231,7 @@ def contract(
 @app.command()
 def audit(
     target:Annotated[str, typer.Argument(metavar="TARGET", show_default=False, help="What to audit: module:function, path/to/file.py:function, or a "
-        "built-in name: a backend of theria, sdpa-math, sdpa-flash, sdpa-efficient, sdpa-cudnn, or a broken variant such as stats_detach; all surveys the backends and PyTorch's kernels.")],
+        "built-in name: a backend of theria, sdpa-math, sdpa-flash, sdpa-efficient, sdpa-cudnn, or a broken variant such as stats_detach; all stands for every backend and kernel.")],
     dtype:Annotated[str, one_of("--dtype", "Type of q, k, v.", *DTYPES)]="float64",
     device:Annotated[str, Device]="cpu",
     causal:Annotated[bool, typer.Option("--causal", help="Audit with the causal triangle.")]=False,
@@ -264,15 +264,20 @@ def audit(
         raise typer.BadParameter(f"got {target!r}, which cannot be called on this problem ({found.rows[0].message}); accepted is an attention fn(q, k, v) "
                                  "that runs on it: change --dtype, --device, --layout or the sizes.")
     _show_audit(found, to)
+    if to != "-" and found.verdict == "unsafe":
+        from theria.meta.taxonomy import explain
+        if said := explain(fn, found): print(said)
     if to != "-" and not causal and _has_switch(fn): print("It has a causal switch, which was off: --causal audits it too.")
     raise typer.Exit(1 if found.verdict == "unsafe" else 0)
 
 # %% ../nbs/cli.ipynb #850b3093
 def _survey(at, to): # of all names; its file is a result file
+    from theria.bench import to_terminal
     from theria.where import survey, survey_table
     with tempfile.TemporaryDirectory() as temporary:
         rows = survey(to if to not in ("", "-") else Path(temporary)/"where.json", at)
-    _print_table(survey_table(rows))
+    table = survey_table(rows)
+    to_terminal(table._replace(rows=[{c: str(getattr(x, "text", x)).strip("`") for c, x in r.items()} for r in table.rows]))
     raise typer.Exit(1 if any(r.get("verdict") == "unsafe" for r in rows) else 0)
 
 # %% ../nbs/cli.ipynb #196dd45b
@@ -414,7 +419,7 @@ def _measure(benchmark, make, slices, plan_only, device, ms, seconds, precision,
         return
     torch.set_float32_matmul_precision(precision)
     processes = min(processes, (os.cpu_count() or 1) - 1) if at.type == "cuda" else 0
-    run_plan(benchmark, plan, result_folder(Path(out) if out else default_folder()), at, ms, seconds, processes, seed)
+    run_plan(benchmark, plan, result_folder(out or default_folder()), at, ms, seconds, processes, seed)
 
 # %% ../nbs/cli.ipynb #833e5aa4
 @bench.command()
@@ -472,7 +477,22 @@ def np(
     if plan:
         for row in rows: print(row)
         return
-    run_matrix(rows, result_folder(Path(out) if out else default_folder()), at, ms, seconds, seed, losses)
+    run_matrix(rows, result_folder(out or default_folder()), at, ms, seconds, seed, losses)
+
+# %% ../nbs/cli.ipynb #adfd78b3
+@bench.command()
+def np_kernels(
+    device:Annotated[str, Device]="auto",
+    ms:Annotated[float, typer.Option("--ms", metavar="X", parser=positive("--ms"), help="Milliseconds of measuring for each row.")]=30.,
+    seconds:Annotated[float, Seconds]=3600., out:Annotated[str|None, Folder]=None,
+):
+    """How fast are the fused kernels of the neural process (network, heads, mixture, FP8 attention), beside PyTorch?
+
+    Finished rows are kept in DIR/bench-np-kernels.json: run the same command again to continue an interrupted run."""
+    from theria.bench import default_folder, usable
+    from theria.neural_process.kernels import run_kernels, show_kernels
+    at = usable(device)
+    show_kernels(run_kernels(result_folder(out or default_folder()), at, ms, seconds).rows())
 
 # %% ../nbs/cli.ipynb #0e04d567
 @bench.command()
@@ -491,21 +511,37 @@ def scaling(
 
     Each number of GPUs, 1, 2, 4 up to that of the job, is a row of DIR/bench-scaling.json."""
     import torch
-    from theria.bench import default_folder, usable
+    from theria.bench import default_folder, to_terminal, usable
     from theria.distributed import measure_scaling, scaling_table
     kind = usable(device).type
     rows = measure_scaling(result_folder(out or default_folder())/"bench-scaling.json", queries=queries, keys=keys, heads=heads, dim=dim, dtype=getattr(torch, dtype),
                            bring=bring, repeats=repeats, device=kind)
-    if rows: _print_table(scaling_table(rows))
+    if rows: to_terminal(scaling_table(rows))
 
-def _print_table(table):
-    from rich.console import Console
-    from rich.table import Table
-    from theria.report import number
-    shown = Table(title=table.caption, title_justify="left")
-    for heading in table.columns.values(): shown.add_column(heading, justify="right")
-    for row in table.rows: shown.add_row(*(getattr(x, "text", None) or number(x) for x in map(row.get, table.columns)))
-    Console(width=None if sys.stdout.isatty() else 120).print(shown)
+
+
+# %% ../nbs/cli.ipynb #77d869e8
+@bench.command()
+def uses(device:Annotated[str, Device]="auto", ms:Annotated[float, Ms]=20., seconds:Annotated[float, Seconds]=90., out:Annotated[str|None, Folder]=None):
+    """How far do a gradient penalty, Hessian-vector products and forces get, and how fast, beside PyTorch's math path?
+
+    Finished rows are kept in DIR/uses.json: run the same command again to continue an interrupted run."""
+    from theria.bench import default_folder, to_terminal, usable
+    from theria.uses import run_uses, uses_table
+    at = usable(device)
+    to_terminal(uses_table(run_uses(result_folder(out or default_folder()), at, ms, seconds).rows()))
+
+@bench.command()
+def merge(
+    into:Annotated[str, typer.Argument(metavar="INTO", show_default=False, help="The result file to write; if it exists, its rows come first.")],
+    files:Annotated[list[str], typer.Argument(metavar="FILE...", show_default=False, help="Result files, older ones first.")],
+):
+    "Put result files together: the latest row of each measurement."
+    from theria.bench import merge_files
+    for file in files:
+        if not Path(file).is_file(): raise _got("FILE", file, "is a result file of theria bench", "check the path")
+    _check_file(into, "INTO")
+    print(f"{into} holds {len(merge_files(into, files))} rows now.")
 
 # %% ../nbs/cli.ipynb #8156faa3
 @bench.command()
@@ -530,22 +566,26 @@ def tune(
     if table: _check_file(table, "--table")
     torch.set_float32_matmul_precision(precision)
     cases = [Case(batch, heads, length, length, D, d, c) for d in dtype for D in dims for c in _causal(causal)]
-    run_tune(tuple(k for k in kernels if k != "all"), cases, result_folder(Path(out) if out else default_folder()), at, ms, seconds, min(processes, os.cpu_count() or 1) if at.type == "cuda" else 0,
-             seed, pinned_table(table) if table or write else None)
+    where = result_folder(out or default_folder())
+    if out and not write: table = table or str(where/"configs.json") # beside the results, when those have a place of their own
+    run_tune(tuple(k for k in kernels if k != "all"), cases, where, at, ms, seconds, min(processes, os.cpu_count() or 1) if at.type == "cuda" else 0, seed, pinned_table(table) if table or write else None)
 
 # %% ../nbs/cli.ipynb #ab0bb2c2
 @bench.command()
 def show(file:Annotated[str, typer.Argument(metavar="FILE", show_default=False, help="A result file of theria bench.")]):
     "Print the tables of a result file."
-    from theria.bench import read_rows, show_file
+    from theria.bench import read_rows, show_file, to_terminal
     if not Path(file).is_file(): raise _got("FILE", file, "is a result file of theria bench", "check the path")
     rows = read_rows(Path(file))
     if any(r.get("part") == "step" for r in rows):
         from theria.neural_process.matrix import show_matrix
         show_matrix(rows)
+    elif any(r.get("part") == "kernel" for r in rows):
+        from theria.neural_process.kernels import show_kernels
+        show_kernels(rows)
     elif any(r.get("benchmark") == "context-parallel" for r in rows):
         from theria.distributed import scaling_table
-        _print_table(scaling_table(rows))
+        to_terminal(scaling_table(rows))
     else: show_file(Path(file))
 
 # %% ../nbs/cli.ipynb #6954123f

@@ -26,27 +26,38 @@ def _attend(backend, query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 # %% ../nbs/drop_in.ipynb #4901d59e
 class Underneath:
-    "theria in the place of `F.scaled_dot_product_attention`, from its making until `remove`."
+    "theria in the place of `F.scaled_dot_product_attention`, from its making until `remove`; the latest one counts."
+    active:list["Underneath"] = []
+
     def __init__(self,
         backend:str="auto", # a key of `BACKENDS`, except "sdpa", which would call itself
     ):
         if backend not in BACKENDS or backend == "sdpa":
             accepted = ", ".join(b for b in BACKENDS if b != "sdpa")
             raise ContractError(f"got backend={backend!r} to put under F.scaled_dot_product_attention; accepted are {accepted}: choose one of them.")
+        self.backend = backend
+        for other in self.active[-1:]: other._leave()
+        self.active.append(self)
+        self._enter()
+
+    def remove(self):
+        "Give the call back to whoever had it before; a second time does nothing."
+        if self not in self.active: return
+        latest = self is self.active[-1]
+        self.active.remove(self)
+        if latest: self._leave()
+        for other in self.active[-1:] if latest else (): other._enter()
+
+    def _enter(self):
         self.library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for key in STATIONS: self.library.impl("scaled_dot_product_attention", partial(_attend, backend), key)
-        self._forget()
+            for key in STATIONS: self.library.impl("scaled_dot_product_attention", partial(_attend, self.backend), key)
+        torch.ops.aten.scaled_dot_product_attention.default._dispatch_cache.clear()
 
-    def remove(self):
-        "Give the call back to PyTorch; a second time does nothing."
-        if self.library is None: return
+    def _leave(self):
         self.library._destroy()
-        self.library = None
-        self._forget()
-
-    def _forget(self): torch.ops.aten.scaled_dot_product_attention.default._dispatch_cache.clear()
+        torch.ops.aten.scaled_dot_product_attention.default._dispatch_cache.clear()
 
 # %% ../nbs/drop_in.ipynb #12e81f5c
 @contextmanager

@@ -28,17 +28,22 @@ def _directives(source:str) -> dict[str, str]:
     return found
 
 # %% ../nbs/reproduce.ipynb #1b12dc55
+def _inner(node): # names of comprehensions, which end with them
+    return {t.id for n in ast.walk(node) if isinstance(n, ast.comprehension) for t in ast.walk(n.target) if isinstance(t, ast.Name)}
+
 def _used(node:ast.AST) -> Iterator[str]: # names that are read, and patterns of result files
+    inner = _inner(node)
     for n in ast.walk(node):
-        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load): yield n.id
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.id not in inner: yield n.id
         elif isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value.endswith(".json"): yield Path(n.value).name
         elif isinstance(n, ast.Call) and "result" in getattr(n.func, "id", getattr(n.func, "attr", "")):
             yield from (f"*-{a.value}-*.json" for a in n.args if isinstance(a, ast.Constant) and isinstance(a.value, str) and "." not in a.value)
 
 def _defined(statement:ast.stmt) -> Iterator[str]:
     if isinstance(statement, (ast.FunctionDef, ast.ClassDef)): yield statement.name
+    inner = _inner(statement)
     for n in ast.walk(statement):
-        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store): yield n.id
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id not in inner: yield n.id
 
 # %% ../nbs/reproduce.ipynb #389c45b2
 def _statements(source):

@@ -158,16 +158,19 @@ def force_loss(energy:Callable, x:Tensor, E:Tensor, F_:Tensor, weights:tuple=(1.
 # %% ../nbs/uses.ipynb #e0c68702
 ATTENTIONS = {"theria": "triton_full_fused", "math": math_path}
 
-def _autocast(device): return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+def _half(model, device): # the model in bf16 as far as autocast goes, with a float32 result; derivatives are taken outside
+    def f(*x):
+        with torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext(): return model(*x).float()
+    return f
 
 def penalty_step(attention:str|Callable, N:int, device, d_model:int=512, n_heads:int=8, B:int=1) -> Callable: # () -> loss
     "One training step of a critic of sequences, its optimizer left out."
     torch.manual_seed(0)
     model = Stack(16, 1, d_model, n_heads, backend=attention).to(device)
-    real, fake = (torch.randn(B, N, 16, device=device) for _ in range(2))
+    f, (real, fake) = _half(model, device), (torch.randn(B, N, 16, device=device) for _ in range(2))
     def step():
         model.zero_grad(set_to_none=True)
-        with _autocast(device): loss = critic_loss(lambda x: model(x).float().mean((1, 2)), real, fake)
+        loss = critic_loss(lambda x: f(x).mean((1, 2)), real, fake)
         loss.backward()
         return loss.detach()
     return step
@@ -176,10 +179,9 @@ def curvature_step(attention:str|Callable, N:int, device, d_model:int=512, n_hea
     "Set up products with the Hessian of a regression loss."
     torch.manual_seed(0)
     model = Stack(16, 16, d_model, n_heads, backend=attention).to(device)
-    params = list(model.parameters())
-    x = torch.randn(B, N, 16, device=device)
+    f, params, x = _half(model, device), list(model.parameters()), torch.randn(B, N, 16, device=device)
     def build():
-        with _autocast(device): loss = (model(x).float() - x.roll(1, 1)).pow(2).mean()
+        loss = (f(x) - x.roll(1, 1)).pow(2).mean()
         return hessian_product(loss, params), sum(p.numel() for p in params)
     return build
 
@@ -188,11 +190,11 @@ def forces_step(attention:str|Callable, N:int, device, d_model:int=256, n_heads:
     torch.manual_seed(0)
     model, kinds = Potential(d_model=d_model, n_heads=n_heads, layers=2, cutoff=8., backend=attention).to(device), torch.arange(N, device=device) % 6
     x, target = 4*torch.randn(B, N, 3, device=device), torch.randn(B, N, 3, device=device)
+    f = _half(model, device)
     def step():
         model.zero_grad(set_to_none=True)
-        with _autocast(device):
-            E, force = forces(lambda x: model(x, kinds).float(), x, create_graph=True)
-            loss = E.pow(2).mean()/N + (force - target).pow(2).mean()
+        E, force = forces(lambda x: f(x, kinds), x, create_graph=True)
+        loss = E.pow(2).mean()/N + (force - target).pow(2).mean()
         loss.backward()
         return loss.detach()
     return step
@@ -267,5 +269,5 @@ def uses_figure(rows:list, part:str, what:str) -> Svg: # what: "p50" or "memory"
         ax.set_xticks(lengths, [str(n) if n < 1024 else f"{n//1024}k" for n in lengths])
         ax.minorticks_off()
         ax.set(xlabel="length N", ylabel="peak memory, GiB" if what == "memory" else "time, ms")
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        if ax.lines: ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return draw(plot, f"{'Peak memory' if what == 'memory' else 'Time'} of {part} against the length, one line for each attention", width=5.)

@@ -297,10 +297,11 @@ def _backward_bias(p_q, p_k, p_v, p_bias, p_seed, p_L, p_do, p_delta, p_dbias, q
     store_bias_tile(p_dbias + ((tl.cast(b0, tl.int64)*nh + h0)*ni + i_start)*nj + j_start, total, r, n, ni - i_start, nj - j_start, nj, SUM_I, SUM_J)
 
 # %% ../../nbs/attention/backward.ipynb #1f5c9967
-def _arrangement(q, k, wants_bias): # the form of a problem, and the parts
+def _arrangement(q, k, v, wants_bias): # the form of a problem, and the parts
     form, parts = _asked[0]
     if form == "atomic" and (wants_bias or torch.are_deterministic_algorithms_enabled()): form = None
-    return form or ("once" if tuning.short(q.shape[2], k.shape[2]) else "two"), parts
+    measured = q.shape[3] == v.shape[3] == 64 and q.dtype.itemsize == 2 # where one launch is known to win; with 128 columns it loses
+    return form or ("once" if measured and tuning.short(q.shape[2], k.shape[2]) else "two"), parts
 
 # %% ../../nbs/attention/backward.ipynb #0f56c58d
 def _plan_once(kernel, n_q, n_kv, look, config, outs):
@@ -392,7 +393,7 @@ def backward(
     "First derivatives in reverse mode (@eq-backward), bitwise repeatable unless the form is atomic."
     wants_bias = bias_grad and bias_kind(bias) == 2
     form = form or ("once" if config_once else "two" if config_q or config_kv else None)
-    if form is None: form, parts = _arrangement(q, k, wants_bias)
+    if form is None: form, parts = _arrangement(q, k, v, wants_bias)
     if form == "atomic" and wants_bias:
         raise ContractError("got form='atomic' with an additive bias that wants a gradient; accepted are 'two' and 'once' there: choose one of them, or pass bias_grad=False.")
     return planned(_planned, (q, k, v, bias, seed, o, L, do, dL), scale, is_causal, dropout_p, wants_bias, form, parts, config_q, config_kv, config_once, precision(q.dtype))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'STATS', 'implementations', 'INTERPRETING', 'DTYPES', 'MAX_HEAD_DIM', 'TOLERANCE', 'ContractError',
-           'BackendUnavailable', 'register_backend', 'resolve_backend', 'Problem', 'check', 'rel_err']
+           'BackendUnavailable', 'register_backend', 'resolve_backend', 'Problem', 'has_autocast', 'check', 'rel_err']
 
 # %% ../../nbs/attention/contract.ipynb #60c05b18
 import math
@@ -210,9 +210,11 @@ class Problem:
     def groups(self): return self.Hq // self.Hkv
 
 # %% ../../nbs/attention/contract.ipynb #3fda8e2b
+def has_autocast(device): return device in ("cpu", "cuda") or torch.amp.is_autocast_available(device) # Dynamo of torch 2.11 cannot trace the question
+
 def _autocast(*tensors):
     device = next((x.device.type for x in tensors if isinstance(x, Tensor)), "cpu")
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device): return tensors
+    if not has_autocast(device) or not torch.is_autocast_enabled(device): return tensors
     dtype = torch.get_autocast_dtype(device)
     castable = lambda x: isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
     return tuple(x.to(dtype) if castable(x) else x for x in tensors)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 # %% ../../nbs/attention/custom.ipynb #28520d93
 from . import reference
-from .contract import check, implementations, register_backend
+from .contract import check, has_autocast, implementations, register_backend
 
 # %% ../../nbs/attention/custom.ipynb #848e857f
 def _draw(p): # Z: 0 with probability dropout_p, else 1/(1 - dropout_p), so that the mean is 1
@@ -26,7 +26,7 @@ def _draw(p): # Z: 0 with probability dropout_p, else 1/(1 - dropout_p), so that
 
 # %% ../../nbs/attention/custom.ipynb #3984ba49
 def _as_they_are(device): # a context in which autocast leaves tensors alone; some devices (meta) have no autocast to switch off
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 # %% ../../nbs/attention/custom.ipynb #dfa765a2
 @register_backend("reference")

@@ -144,8 +144,8 @@ def hide(x, i, j, Lk, CAUSAL: gl.constexpr):
 
 # %% ../../nbs/attention/hopper.ipynb #da88bf70
 class Stream(NamedTuple):
-    "Rows of a streamed tile, groups of four warps that use it, stages of the ring."
-    rows:int; consumers:int; stages:int
+    "Rows of a streamed tile, groups of four warps that use it, stages of the ring; does a program work through many blocks?"
+    rows:int; consumers:int; stages:int; persistent:bool=False
 
     @property
     def warps(self): return 4

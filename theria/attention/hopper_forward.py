@@ -14,26 +14,50 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 # %% ../../nbs/attention/hopper_forward.ipynb #87c4e029
 from .forward import scale_log2
-from .hopper import (H, SPECIALS, Streamed, add, barriers, buffers, column, fetch, hide, key_tiles, my_place, put, scores_in, sums_in, takes, times,
+from .hopper import (H, SPECIALS, Streamed, add, barriers, buffers, column, everyone, fetch, hide, key_tiles, put, scores_in, sums_in, takes, times,
                                      weights)
 from .launch import special
 from .tiles import LN2
+from .tuning import processors
 
 # %% ../../nbs/attention/hopper_forward.ipynb #77eb3f54
 @gluon.jit
-def _produce(h_q, s_k, s_v, bufs, bars, sizes, BM: gl.constexpr, BN: gl.constexpr, C: gl.constexpr, ST: gl.constexpr, CAUSAL: gl.constexpr):
-    q_s, k_s, v_s = bufs
-    q_full, k_full, k_free, v_full, v_free, turn = bars
+def _place(w, n_blocks, Hq, G, PERSISTENT: gl.constexpr, CAUSAL: gl.constexpr):
+    "block, batch·head, batch, head and key head of block w"
+    i_bh, i_block = w//n_blocks, w % n_blocks
+    if CAUSAL:
+        turned = n_blocks - 1 - i_block
+        i_block = gl.where(i_bh % 2 == 0, turned, i_block) if PERSISTENT else turned
+    return i_block, i_bh, i_bh//Hq, i_bh % Hq, i_bh % Hq//G
+
+# %% ../../nbs/attention/hopper_forward.ipynb #9d42c755
+@gluon.jit
+def _fetch_block(w, t0, r, h_q, s_k, s_v, bufs, bars, sizes, BM: gl.constexpr, BN: gl.constexpr, C: gl.constexpr, ST: gl.constexpr, PERSISTENT: gl.constexpr, CAUSAL: gl.constexpr):
+    "everything that block w needs, the r-th of this program and with t0 tiles before it; the number of its tiles"
+    q_s, k_s, v_s, o_s = bufs
+    q_full, q_free, k_full, k_free, v_full, v_free, turn = bars
     Lq, Lk, Hq, G, n_blocks = sizes
-    i_block, i_bh, i_b, i_h, i_hk = my_place(n_blocks, Hq, G, CAUSAL)
+    i_block, i_bh, i_b, i_h, i_hk = _place(w, n_blocks, Hq, G, PERSISTENT, CAUSAL)
     n, whole = key_tiles(i_block*BM, Lk, BM, BN, CAUSAL)
-    for x in gl.static_range(C): fetch(h_q, i_b, i_h, i_block*BM + x*H, q_full.index(x), q_s.index(x))
-    for t in range(n):
-        s, parity = t % ST, (t//ST) & 1
+    for x in gl.static_range(C):
+        if PERSISTENT: mbarrier.wait(q_free.index(x), (r & 1) ^ 1)
+        fetch(h_q, i_b, i_h, i_block*BM + x*H, q_full.index(x), q_s.index(x))
+    for u in range(n):
+        s, parity = (t0 + u) % ST, ((t0 + u)//ST) & 1
         mbarrier.wait(k_free.index(s), parity ^ 1)
-        fetch(s_k, i_b, i_hk, (n - 1 - t)*BN, k_full.index(s), k_s.index(s))
+        fetch(s_k, i_b, i_hk, (n - 1 - u)*BN, k_full.index(s), k_s.index(s))
         mbarrier.wait(v_free.index(s), parity ^ 1)
-        fetch(s_v, i_b, i_hk, (n - 1 - t)*BN, v_full.index(s), v_s.index(s))
+        fetch(s_v, i_b, i_hk, (n - 1 - u)*BN, v_full.index(s), v_s.index(s))
+    return n
+
+@gluon.jit
+def _produce(h_q, s_k, s_v, bufs, bars, sizes, blocks, BM: gl.constexpr, BN: gl.constexpr, C: gl.constexpr, ST: gl.constexpr, PERSISTENT: gl.constexpr, CAUSAL: gl.constexpr):
+    if PERSISTENT:
+        t, r = 0, 0
+        for w in range(gl.program_id(0), blocks, gl.num_programs(0)):
+            t += _fetch_block(w, t, r, h_q, s_k, s_v, bufs, bars, sizes, BM, BN, C, ST, PERSISTENT, CAUSAL)
+            r += 1
+    else: _fetch_block(gl.program_id(0), 0, 0, h_q, s_k, s_v, bufs, bars, sizes, BM, BN, C, ST, PERSISTENT, CAUSAL)
 
 # %% ../../nbs/attention/hopper_forward.ipynb #c2666661
 @gluon.jit
@@ -47,12 +71,13 @@ def _online(x, m, l, c, i, j, Lk, MASK: gl.constexpr, CAUSAL: gl.constexpr):
 
 # %% ../../nbs/attention/hopper_forward.ipynb #c6db39fa
 @gluon.jit
-def _step(t, o, p, m, l, q, bufs, bars, c, i, j, Lk, N: gl.constexpr, C: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr):
-    q_s, k_s, v_s = bufs
-    q_full, k_full, k_free, v_full, v_free, turn = bars
+def _step(t, y, o, p, m, l, q, bufs, bars, c, i, j, Lk, N: gl.constexpr, C: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr):
+    "tile t; y turns lie behind"
+    q_s, k_s, v_s, o_s = bufs
+    q_full, q_free, k_full, k_free, v_full, v_free, turn = bars
     now, before = t % ST, (t - 1) % ST
     mbarrier.wait(k_full.index(now), (t//ST) & 1)
-    mbarrier.wait(turn.index(N), ((t - 1) & 1) ^ (1 if N == 0 else 0))
+    mbarrier.wait(turn.index(N), (y & 1) ^ (1 if N == 0 else 0))
     x = times(q, k_s.index(now), BN)
     mbarrier.wait(v_full.index(before), ((t - 1)//ST) & 1)
     o = add(o, p, v_s.index(before))
@@ -66,48 +91,69 @@ def _step(t, o, p, m, l, q, bufs, bars, c, i, j, Lk, N: gl.constexpr, C: gl.cons
 
 # %% ../../nbs/attention/hopper_forward.ipynb #5166b0ca
 @gluon.jit
-def _consume(h_o, p_L, c, bufs, bars, sizes, N: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, C: gl.constexpr, ST: gl.constexpr, CAUSAL: gl.constexpr):
-    q_s, k_s, v_s = bufs
-    q_full, k_full, k_free, v_full, v_free, turn = bars
+def _block(w, t0, r, h_o, p_L, c, bufs, bars, sizes, N: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, C: gl.constexpr, ST: gl.constexpr, PERSISTENT: gl.constexpr, CAUSAL: gl.constexpr):
+    q_s, k_s, v_s, o_s = bufs
+    q_full, q_free, k_full, k_free, v_full, v_free, turn = bars
     Lq, Lk, Hq, G, n_blocks = sizes
-    i_block, i_bh, i_b, i_h, i_hk = my_place(n_blocks, Hq, G, CAUSAL)
+    i_block, i_bh, i_b, i_h, i_hk = _place(w, n_blocks, Hq, G, PERSISTENT, CAUSAL)
     n, whole = key_tiles(i_block*BM, Lk, BM, BN, CAUSAL)
     rows: gl.constexpr = gl.SliceLayout(1, scores_in(BN))
     i0 = i_block*BM + N*H
     i, j, q = i0 + gl.arange(0, H, rows), gl.arange(0, BN, gl.SliceLayout(0, scores_in(BN))), q_s.index(N)
     m, l, o = gl.full([H], float("-inf"), gl.float32, rows), gl.zeros([H], gl.float32, rows), gl.zeros([H, D], gl.float32, sums_in(D))
-    mbarrier.wait(q_full.index(N), 0)
-    mbarrier.wait(k_full.index(0), 0)
-    x = warpgroup_mma_wait(0, deps=[times(q, k_s.index(0), BN)])
-    mbarrier.arrive(k_free.index(0))
-    w, alpha, m, l = _online(x, m, l, c, i, (n - 1)*BN + j, Lk, True, CAUSAL)
-    p, unmasked = weights(w, v_s.dtype, D), 1
+    mbarrier.wait(q_full.index(N), r & 1)
+    mbarrier.wait(k_full.index(t0 % ST), (t0//ST) & 1)
+    x = warpgroup_mma_wait(0, deps=[times(q, k_s.index(t0 % ST), BN)])
+    mbarrier.arrive(k_free.index(t0 % ST))
+    weighed, alpha, m, l = _online(x, m, l, c, i, (n - 1)*BN + j, Lk, True, CAUSAL)
+    p, unmasked, y = weights(weighed, v_s.dtype, D), 1, t0 - r - 1
     if CAUSAL and BM > BN:
         unmasked = gl.maximum(n - whole, 1)
-        for t in range(1, unmasked): o, p, m, l = _step(t, o, p, m, l, q, bufs, bars, c, i, (n - 1 - t)*BN + j, Lk, N, C, D, BN, ST, True, CAUSAL)
-    for t in range(unmasked, n): o, p, m, l = _step(t, o, p, m, l, q, bufs, bars, c, i, j, Lk, N, C, D, BN, ST, False, CAUSAL)
-    mbarrier.wait(v_full.index((n - 1) % ST), ((n - 1)//ST) & 1)
-    o, p = warpgroup_mma_wait(0, deps=[add(o, p, v_s.index((n - 1) % ST)), p])
-    put(h_o, i_b, i_h, i0, q, o*column(1/l, D))
+        for u in range(1, unmasked): o, p, m, l = _step(t0 + u, y + u, o, p, m, l, q, bufs, bars, c, i, (n - 1 - u)*BN + j, Lk, N, C, D, BN, ST, True, CAUSAL)
+    for u in range(unmasked, n): o, p, m, l = _step(t0 + u, y + u, o, p, m, l, q, bufs, bars, c, i, j, Lk, N, C, D, BN, ST, False, CAUSAL)
+    last = t0 + n - 1
+    if PERSISTENT: mbarrier.arrive(q_free.index(N))
+    mbarrier.wait(v_full.index(last % ST), (last//ST) & 1)
+    o, p = warpgroup_mma_wait(0, deps=[add(o, p, v_s.index(last % ST)), p])
+    if PERSISTENT:
+        mbarrier.arrive(v_free.index(last % ST))
+        tma.store_wait(0)
+        everyone()
+    put(h_o, i_b, i_h, i0, o_s.index(N), o*column(1/l, D))
     gl.store(p_L + i_bh.to(gl.int64)*Lq + i, (m + gl.log2(l))*LN2, mask=i < Lq)
+    return n
+
+@gluon.jit
+def _consume(h_o, p_L, c, bufs, bars, sizes, blocks, N: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, C: gl.constexpr, ST: gl.constexpr, PERSISTENT: gl.constexpr, CAUSAL: gl.constexpr):
+    if PERSISTENT:
+        t, r = 0, 0
+        for w in range(gl.program_id(0), blocks, gl.num_programs(0)):
+            t += _block(w, t, r, h_o, p_L, c, bufs, bars, sizes, N, D, BM, BN, C, ST, PERSISTENT, CAUSAL)
+            r += 1
+    else: _block(gl.program_id(0), 0, 0, h_o, p_L, c, bufs, bars, sizes, N, D, BM, BN, C, ST, PERSISTENT, CAUSAL)
     tma.store_wait(0)
 
 # %% ../../nbs/attention/hopper_forward.ipynb #5a147706
-@gluon.jit(do_not_specialize=["Lq", "Lk", "Hq", "G", "n_blocks"])
-def _forward_hopper(h_q, s_k, s_v, h_o, p_L, c, Lq, Lk, Hq, G, n_blocks, BN: gl.constexpr, C: gl.constexpr, ST: gl.constexpr, CAUSAL: gl.constexpr):
+@gluon.jit(do_not_specialize=["Lq", "Lk", "Hq", "G", "n_blocks", "blocks"])
+def _forward_hopper(h_q, s_k, s_v, h_o, p_L, c, Lq, Lk, Hq, G, n_blocks, blocks, BN: gl.constexpr, C: gl.constexpr, ST: gl.constexpr, PERSISTENT: gl.constexpr, CAUSAL: gl.constexpr):
     T: gl.constexpr = h_q.dtype
     D: gl.constexpr = h_q.block_shape[3]
     BM: gl.constexpr = H*C
-    bufs, sizes = (buffers(T, C, H, D), buffers(T, ST, BN, D), buffers(T, ST, BN, D)), (Lq, Lk, Hq, G, n_blocks)
-    bars = barriers(C, 1), barriers(ST, 1), barriers(ST, C), barriers(ST, 1), barriers(ST, C), barriers(C, 1)
+    q_s, k_s, v_s = buffers(T, C, H, D), buffers(T, ST, BN, D), buffers(T, ST, BN, D)
+    o_s = buffers(T, C, H, D) if PERSISTENT else q_s
+    bufs, sizes = (q_s, k_s, v_s, o_s), (Lq, Lk, Hq, G, n_blocks)
+    bars = barriers(C, 1), barriers(C, 1), barriers(ST, 1), barriers(ST, C), barriers(ST, 1), barriers(ST, C), barriers(C, 1)
     if C == 2:
-        gl.warp_specialize([(_consume, (h_o, p_L, c, bufs, bars, sizes, 0, D, BM, BN, C, ST, CAUSAL)), (_consume, (h_o, p_L, c, bufs, bars, sizes, 1, D, BM, BN, C, ST, CAUSAL)),
-                            (_produce, (h_q, s_k, s_v, bufs, bars, sizes, BM, BN, C, ST, CAUSAL))], [4, 1], [240, 24])
+        gl.warp_specialize([(_consume, (h_o, p_L, c, bufs, bars, sizes, blocks, 0, D, BM, BN, C, ST, PERSISTENT, CAUSAL)),
+                            (_consume, (h_o, p_L, c, bufs, bars, sizes, blocks, 1, D, BM, BN, C, ST, PERSISTENT, CAUSAL)),
+                            (_produce, (h_q, s_k, s_v, bufs, bars, sizes, blocks, BM, BN, C, ST, PERSISTENT, CAUSAL))], [4, 1], [240, 24])
     else:
-        gl.warp_specialize([(_consume, (h_o, p_L, c, bufs, bars, sizes, 0, D, BM, BN, C, ST, CAUSAL)), (_consume, (h_o, p_L, c, bufs, bars, sizes, 1, D, BM, BN, C, ST, CAUSAL)),
-                            (_consume, (h_o, p_L, c, bufs, bars, sizes, 2, D, BM, BN, C, ST, CAUSAL)), (_produce, (h_q, s_k, s_v, bufs, bars, sizes, BM, BN, C, ST, CAUSAL))], [4, 4, 1], [160, 160, 24])
+        gl.warp_specialize([(_consume, (h_o, p_L, c, bufs, bars, sizes, blocks, 0, D, BM, BN, C, ST, PERSISTENT, CAUSAL)),
+                            (_consume, (h_o, p_L, c, bufs, bars, sizes, blocks, 1, D, BM, BN, C, ST, PERSISTENT, CAUSAL)),
+                            (_consume, (h_o, p_L, c, bufs, bars, sizes, blocks, 2, D, BM, BN, C, ST, PERSISTENT, CAUSAL)),
+                            (_produce, (h_q, s_k, s_v, bufs, bars, sizes, blocks, BM, BN, C, ST, PERSISTENT, CAUSAL))], [4, 4, 1], [160, 160, 24])
 
-SPECIALS["forward"] = _forward_hopper, lambda config: dict(BN=config.rows, C=config.consumers, ST=config.stages)
+SPECIALS["forward"] = _forward_hopper, lambda config: dict(BN=config.rows, C=config.consumers, ST=config.stages, PERSISTENT=config.persistent)
 
 # %% ../../nbs/attention/hopper_forward.ipynb #0400520e
 @special("forward")
@@ -121,5 +167,7 @@ def hopper_forward(
     if config is None: return None
     (B, Hq, Lq, _), (_, Hkv, Lk, _) = q.shape, k.shape
     n_blocks = triton.cdiv(Lq, 64*config.consumers)
-    return Streamed(_forward_hopper, n_blocks*B*Hq, "q k v bias seed o L", (scale_log2(scale), Lq, Lk, Hq, Hq//Hkv, n_blocks), config,
+    blocks = n_blocks*B*Hq
+    programs = min(blocks, processors(q.device)) if config.persistent else blocks
+    return Streamed(_forward_hopper, programs, "q k v bias seed o L", (scale_log2(scale), Lq, Lk, Hq, Hq//Hkv, n_blocks, blocks), config,
                     **SPECIALS["forward"][1](config), CAUSAL=is_causal)

@@ -200,22 +200,27 @@ def measure_step(
     return row | (found or {})
 
 # %% ../../nbs/meta/experiments.ipynb #42041fa2
+def _compile_ahead(place, cases): # the kernels of unrolling and of mixed mode, in processes of their own
+    if place.quick or place.device.type != "cuda": return
+    call_ahead([(c, p, "theria") for c in cases for p in ("forward+backward+double-backward", "hvp")], place.device, 12)
+
 def _attention(place, name): return place.backend if name == "theria" else SDPA["sdpa-math"]
 
 @experiment("cost", "What do time and memory of a meta-gradient cost, by estimator, attention and depth?", T="T", K="K", wide="d_ff/d", estimator="estimator", attention="attention",
             mode="mode", p50="ms", memory="memory / MiB", error="error", failure="failure")
 def _cost(place, out):
-    if place.quick:
-        shapes, depths = [Step(16, 5, 2, H=2, D=8, dtype="float32"), Step(64, 5, 2, H=2, D=8, dtype="float32")], (1, 20)
-    else:
-        shapes, depths = [Step(256, 5, 64, wide=w) for w in (1, 4)] + [Step(1024, 5, 16, wide=w) for w in (1, 4)], (1, 20)
+    if place.quick: shapes = [Step(16, 5, 2, H=2, D=8, dtype="float32"), Step(64, 5, 2, H=2, D=8, dtype="float32")]
+    else: shapes = [Step(256, 5, 64, wide=1), Step(1024, 5, 16, wide=1), Step(256, 5, 64), Step(1024, 5, 16)]
     pairs = [(e, a) for e in (FULL, MIXED, CHECKPOINTED, FO) for a in ("theria", "math")]
-    todo = [(s, e, a, "eager", {}) for s in shapes for e, a in pairs]
-    if place.device.type == "cuda": todo += [(s, e, a, "graph", {}) for s in shapes[::2] for e, a in pairs[:4]]
-    deep = [replace(s, K=K) for s in shapes[::2] for K in depths]
-    todo += [(s, e, a, "eager", {}) for s in deep for e, a in pairs]
-    todo += [(replace(shapes[0], K=K), e, "theria", "eager", o) for K in (5, 20) for e, o in (("truncated", dict(keep=1)), ("cg", {}), ("neumann", {}), ("reptile", {}))]
-    def compute(s, e, a, mode, o, tick): return measure_step(s, e, _attention(place, a), place.device, place.seed, mode, 20. if place.quick else 300., **o)
+    eager = lambda s, K: [(replace(s, K=K), e, a, "eager", {}) for e, a in pairs]
+    small, large = shapes[:2]
+    todo = [*eager(small, 5), *eager(large, 5), *eager(small, 20)]
+    if place.device.type == "cuda": todo += [(s, e, a, "graph", {}) for s, some in ((replace(small, K=20), pairs[:4:2]), (small, pairs[:4])) for e, a in some]
+    if not place.quick: todo += [t for s in shapes[2:] for t in eager(s, 5)]
+    todo += [(replace(small, K=K), e, "theria", "eager", o) for K in (5, 20) for e, o in (("truncated", dict(keep=1)), ("cg", {}), ("neumann", {}), ("reptile", {}))]
+    todo += [*eager(small, 1), *(() if place.quick else (*eager(large, 20), *eager(large, 1)))]
+    _compile_ahead(place, [Case(s.B, s.H, s.T, s.T, s.D, s.dtype) for s in (small, large)])
+    def compute(s, e, a, mode, o, tick): return measure_step(s, e, _attention(place, a), place.device, place.seed, mode, 20. if place.quick else 200., **o)
     return [Unit(dict(part="cost", **asdict(s), estimator=e, attention=a, mode=mode), 1., partial(compute, s, e, a, mode, o)) for s, e, a, mode, o in todo]
 
 # %% ../../nbs/meta/experiments.ipynb #50f87810
@@ -245,10 +250,9 @@ def _behavior_runs(place):
     small = MamlRun("glyphs", ways=5, tasks=4, steps=60, test_tasks=100, n_layers=1)
     if place.quick:
         return [replace(small, estimator=e, inner_steps=K, inner_lr=.6/K, seed=place.seed + s) for K in (1, 5) for s in (0, 1) for e in (FULL, FO, *(("fo_strict",) if K == 5 else ()))]
-    large = MamlRun("omniglot", ways=20, queries=5, d_model=64, tasks=8, steps=2500, learn_lr=True, outer_lr=2e-3, test_tasks=600)
-    runs = [replace(large, estimator=e, inner_steps=5, inner_lr=.08, seed=place.seed + s) for s in (0, 1) for e in (FULL, FO)]
-    runs += [replace(large, estimator=e, inner_steps=K, inner_lr=.4/K, steps=1000, seed=place.seed) for K in (1, 10, 20) for e in (FULL, FO)]
-    return runs + [replace(large, estimator=e, inner_steps=5, inner_lr=.08, steps=1000, seed=place.seed) for e in (MIXED, "anil", "reptile")]
+    large = MamlRun("omniglot", ways=20, queries=5, d_model=64, tasks=8, steps=1500, learn_lr=True, outer_lr=2e-3, test_tasks=600)
+    at = lambda K, seed, *estimators: [replace(large, estimator=e, inner_steps=K, inner_lr=.4/K, seed=place.seed + seed) for e in estimators]
+    return [*at(5, 0, FULL, FO), *at(1, 0, FULL, FO), *at(5, 1, FULL, FO), *at(10, 0, FULL, FO), *at(5, 0, "anil", MIXED), *at(20, 0, FULL, FO), *at(1, 1, FULL, FO)]
 
 @experiment("behavior", "Does the second order change what is learned, and how fast?", data="data", ways="ways", inner_steps="K", estimator="estimator", backend_of="attention", trial="seed",
             steps="outer steps", score="score", interval="±", unadapted="unadapted", seconds_a_step="s / outer step")
@@ -262,6 +266,8 @@ def _behavior(place, out):
         return {**row, "history": row["history"][::max(1, c.steps//200)], "seconds_a_step": (time.monotonic() - began)/c.steps}
     runs = [(c, place.backend) for c in _behavior_runs(place)]
     runs += [(c, b) for b in others for c, _ in runs[:2]]
+    c = runs[0][0]
+    _compile_ahead(place, [Case(c.tasks*c.ways*c.shots, 2, 16, 16, c.d_model//2, "float32")])
     key = lambda c: {"trial" if n == "seed" else n: x for n, x in asdict(c).items()}
     return [Unit(dict(part="behavior", **key(c), backend_of=b), c.steps, partial(compute, c, b)) for c, b in runs]
 
@@ -307,8 +313,7 @@ def _robustness(place, out):
     Ts, Ds, B = ((32, 128), (32,), 2) if place.quick else ((32, 128, 256, 1024), (32, 64, 128), 4)
     regimes = ("float32", "bfloat16", "bfloat16 autocast") if place.quick else tuple(REGIMES)
     def compute(T, D, r, a, tick): return probe_regime(Step(T, 2, B, H=2, D=D, n_layers=1, lr=.05), r, _attention(place, a), place.device, place.seed)
-    if not place.quick and place.device.type == "cuda":
-        call_ahead([(Case(B, 2, 128, 128, D, t), "forward+backward+double-backward", "theria") for D in Ds for t in ("bfloat16", "float16", "float32")], place.device, 12)
+    _compile_ahead(place, [Case(B, 2, 128, 128, D, t) for D in Ds for t in ("bfloat16", "float16", "float32")])
     return [Unit(dict(part="robustness", T=T, D=D, regime=r, attention=a, B=B, H=2, K=2), T/32, partial(compute, T, D, r, a)) for T in Ts for D in Ds for r in regimes for a in ("theria", "math")]
 
 # %% ../../nbs/meta/experiments.ipynb #06bd27a6

@@ -33,6 +33,7 @@ from .adapt import over_tasks, parameters, spread, task_loss
 from .episodes import DATA, DataError, load_data
 from .gradients import FO, FO_STRICT, FULL, Protocol, evaluate, find_estimator, meta_gradient, meta_train, rel_diff_full_vs_fo, second_order_path
 from .learner import learner_for
+from .taxonomy import explain
 from .variants import VARIANTS
 from ..records import Record, device_name, identity, source_hash, write_atomic
 from ..report import Cell, Figures, SERIES, Section, Table, draw, number, percent
@@ -123,7 +124,8 @@ class Lab:
 def _audit_units(lab):
     def compute(name, dtype, tick):
         fn = find_attention(name, lab.device)
-        return dict(audit=audit(fn, name=name, dtype=dtype, device=lab.device, D=_head_dim(lab.backend, lab.device), seed=lab.seed).to_dict())
+        found = audit(fn, name=name, dtype=dtype, device=lab.device, D=_head_dim(lab.backend, lab.device), seed=lab.seed)
+        return dict(audit=found.to_dict(), cause=explain(fn, found))
     return [Unit(dict(part="audit", attention=n, dtype=str(t).removeprefix("torch.")), 1., partial(compute, n, t))
             for n, t in _compared(lab.backend, lab.device).items()]
 
@@ -439,6 +441,8 @@ def _say_audit(lab, record):
                f"that agree with it: `sdpa-math`, which is PyTorch's own code, has a gradient of gradient that differs from it by {number(other)}.")
     yield ("The six variants that are broken on purpose are controls: an audit that misses one is worth nothing. "
            + ("It found all six." if not missed else f"*It missed {', '.join(missed)}: do not rely on this report.*"))
+    causes = {r["attention"]: r["cause"] for r in record.rows(part="audit") if r["cause"]}
+    if causes: yield "What is wrong with them was found out by comparing their derivatives with those of attentions in which one or two quantities are cut: " + " ".join(f"`{n}`: {c}" for n, c in causes.items())
     for n in SDPA:
         if n in audits: yield f"`{n}` is {audits[n].verdict}: {audits[n].summary}."
 
@@ -521,7 +525,7 @@ def _limits(lab):
             f"{d} are easy pictures, the network is small ({p.ways}-way {p.shots}-shot, {p.outer_steps} outer steps), and {p.seeds} seed{'s are' if p.seeds > 1 else ' is'} not many. "
             "What the learning curves show is shown for this setting.",
             "All meta-gradients that are compared here were taken at untrained weights.",
-            "No speed or memory was measured."]
+            "Speed and memory are measured by the experiments of the paper only; their tables are on this page if their result files lie beside its own."]
 
 def _setting(lab, record):
     p = lab.preset
@@ -665,7 +669,7 @@ class MamlRun:
 
 # %% ../../nbs/meta/safety.ipynb #4d52c2d3
 def _scores(c, model, params, rates, tasks, seed, split="test"):
-    e = evaluate(model, params, load_data(c.data, split), c.protocol, rates=rates, tasks=tasks, seed=seed)
+    e = evaluate(model, params, load_data(c.data, split), c.protocol, rates=rates, tasks=tasks, seed=seed, chunk=48)
     return dict(score=e.accuracy, interval=e.interval, unadapted=e.before, per_task=e.per_task)
 
 def _maml_units(c, backend, device, state, told):

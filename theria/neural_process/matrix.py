@@ -7,8 +7,8 @@ __all__ = ['SHAPES', 'FOREIGN', 'PLAIN', 'FUSED', 'NARROW', 'PRESETS', 'KINDS', 
            'predicted_memory', 'Row', 'row_of', 'is_pytorch', 'plan_of', 'published_shapes', 'plan_np', 'on_cpu',
            'inputs', 'Ready', 'set_up', 'check_losses', 'stages', 'by_kind', 'time_steps', 'Matrix', 'compare_losses',
            'smoothed', 'losses_figure', 'set_up_ahead', 'run_matrix', 'steps_of', 'best_pytorch', 'shape_table',
-           'memory_table', 'show_matrix', 'leaders', 'speedup_figure', 'kinds_figure', 'published_figures',
-           'show_results']
+           'memory_table', 'stage_table', 'show_matrix', 'leaders', 'speedup_figure', 'kinds_figure',
+           'published_figures', 'show_results']
 
 # %% ../../nbs/neural_process/matrix.ipynb #3089af1c
 import gc, math, multiprocessing, os, sys, time
@@ -418,9 +418,15 @@ def memory_table(rows:list[dict]) -> Table:
     lines = [dict(row=str(row), memory=r["memory"]/2**30, predicted=predicted_memory(row.shape, row.switches)/2**30) for row, r in found]
     return Table(lines, dict(row="row", memory="peak, GiB", predicted="predicted, GiB"), "Peak memory of the first steps, and what counting saved tensors predicts.")
 
+def stage_table(rows:list[dict]) -> Table:
+    "Forward, backward and update of the leading rows, called from Python."
+    lines = [dict(row=r["row"], **r["stages"], total=sum(r["stages"].values())) for r in rows if r.get("part") == "stages" and r["stages"]]
+    return Table(lines, dict(row="row", forward="forward, ms", backward="backward, ms", update="update, ms", total="together, ms"), "Stages of an eager step, medians.")
+
 def show_matrix(rows:list[dict], width:int|None=None):
     "Print the tables of all shapes."
     for shape in dict.fromkeys(r["name"] for r in rows if r.get("part") == "step"): to_terminal(shape_table(rows, shape), width)
+    if (stages := stage_table(rows)).rows: to_terminal(stages, width)
 
 # %% ../../nbs/neural_process/matrix.ipynb #0f1c4ce9
 def leaders(rows:list[dict]) -> list[tuple]: # (shape, customary PyTorch, best PyTorch, best of theria), results or None
@@ -488,5 +494,5 @@ def show_results(path:Path) -> list: # tables and figures
     rows = read_rows(path)
     shapes = dict.fromkeys(r["name"] for r in rows if r.get("part") == "step" and not r["name"].startswith("narrow"))
     wide, narrow = ([r for r in rows if (r.get("name") in shapes) == inside] for inside in (True, False))
-    return [speedup_figure(wide), kinds_figure(wide), *(shape_table(rows, s) for s in shapes), memory_table(rows), *(published_figures(narrow) if any(r.get("part") == "step" for r in narrow) else []),
+    return [speedup_figure(wide), kinds_figure(wide), *(shape_table(rows, s) for s in shapes), stage_table(rows), memory_table(rows), *(published_figures(narrow) if any(r.get("part") == "step" for r in narrow) else []),
             *(losses_figure(r) for r in rows if r.get("part") == "losses" and r["plain"])]

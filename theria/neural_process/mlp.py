@@ -307,8 +307,8 @@ def _check(x, w1, w2):
     if not x.device == w1.device == w2.device:
         raise ContractError(f"got x, w1, w2 on {x.device}, {w1.device}, {w2.device}; accepted is one device: move them together.")
 
-def best_form(tokens:int) -> str: # a member of `FORMS`
-    "The form that a call gets if it does not name one."
+def best_form() -> str: # a member of `FORMS`
+    "The form that a call gets if it does not name one: nothing is kept if no gradient can be asked for."
     return "epilogue" if torch.is_grad_enabled() else "recompute"
 
 # %% ../../nbs/neural_process/mlp.ipynb #ca7aaeb4
@@ -325,4 +325,4 @@ def mlp(
     if not choose(backend, x, w1, w2): return mlp_reference(x, w1, w2)
     if form == "one" and max(w1.shape[1], w2.shape[0]) > MAX_FEATURES:
         raise ContractError(f"got d={w1.shape[1]} and D={w2.shape[0]} with form='one'; accepted are up to {MAX_FEATURES} there: use form='epilogue'.")
-    return _mlp(x.reshape(-1, x.shape[-1]), w1, w2, form or best_form(x.numel()//x.shape[-1])).reshape(*x.shape[:-1], len(w2))
+    return _mlp(x.reshape(-1, x.shape[-1]), w1, w2, form or best_form()).reshape(*x.shape[:-1], len(w2))
