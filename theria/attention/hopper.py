@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['everyone', 'H', 'sums_in', 'WORTH', 'SPECIALS', 'barriers', 'buffers', 'copy', 'fetch', 'fetch_two', 'put',
            'scores_in', 'weights_in', 'times', 'onto', 'add', 'weights', 'spread', 'column', 'key_tiles', 'query_tiles',
-           'my_place', 'hide', 'Stream', 'tile_layout', 'tile_rows', 'Matrix', 'Streamed', 'aligned', 'takes',
-           'assemble']
+           'my_place', 'hide', 'Stream', 'grid_and_numbers', 'tile_layout', 'tile_rows', 'Matrix', 'Streamed',
+           'aligned', 'takes', 'assemble']
 
 # %% ../../nbs/attention/hopper.ipynb #b1d39109
 from functools import cache
@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # %% ../../nbs/attention/hopper.ipynb #cea3de4a
 from . import tuning
+from .forward import scale_log2
 from .launch import Launch
 from .tiles import INTERPRET, LOG2E
 
@@ -151,6 +152,11 @@ class Stream(NamedTuple):
     def warps(self): return 4
     @property
     def registers(self): return {2: 168, 3: 128}[self.consumers] # of a thread, before they are dealt out anew
+
+# %% ../../nbs/attention/hopper.ipynb #5f1eae62
+def grid_and_numbers(q, k, scale, heads, length, consumers): # size of the grid over blocks of `length` in `heads`, and the arguments scale … n_blocks of the kernels
+    n_blocks = triton.cdiv(length, 64*consumers)
+    return n_blocks*q.shape[0]*heads, (scale, scale_log2(scale), q.shape[2], k.shape[2], heads, q.shape[1]//k.shape[1], n_blocks)
 
 # %% ../../nbs/attention/hopper.ipynb #f7d3b669
 @cache

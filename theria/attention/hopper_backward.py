@@ -6,14 +6,12 @@
 __all__ = ['NAMES', 'hopper_backward_q', 'hopper_backward_kv']
 
 # %% ../../nbs/attention/hopper_backward.ipynb #0162d7bc
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 # %% ../../nbs/attention/hopper_backward.ipynb #088d49ce
-from .forward import scale_log2
-from .hopper import (H, SPECIALS, Streamed, add, barriers, buffers, column, copy, fetch, fetch_two, hide, key_tiles, my_place, onto, put, query_tiles, scores_in,
+from .hopper import (H, SPECIALS, Streamed, add, barriers, buffers, column, copy, fetch, fetch_two, grid_and_numbers, hide, key_tiles, my_place, onto, put, query_tiles, scores_in,
                                      spread, sums_in, takes, times, weights)
 from .launch import special
 from .tiles import LOG2E
@@ -191,10 +189,6 @@ SPECIALS["backward_kv"] = _backward_kv_hopper, lambda config: dict(BM=config.row
 # %% ../../nbs/attention/hopper_backward.ipynb #1caea743
 NAMES = "q k v bias seed o L do dL delta dq dk dv" # the tensors of a backward pass
 
-def _numbers(q, k, scale, heads, length, config): # scale … n_blocks
-    n_blocks = triton.cdiv(length, 64*config.consumers)
-    return n_blocks*q.shape[0]*heads, (scale, scale_log2(scale), q.shape[2], k.shape[2], heads, q.shape[1]//k.shape[1], n_blocks)
-
 @special("backward_q")
 def hopper_backward_q(
     x:tuple, # q, k, v, bias, seed, o, L, do, dL
@@ -204,7 +198,7 @@ def hopper_backward_q(
     q, k, v, bias, seed, o, L, do, dL = x
     config = takes("backward_q", q, k, v, o, do, is_causal=is_causal, without=(bias, dL, dropout_p))
     if config is None: return None
-    programs, numbers = _numbers(q, k, scale, q.shape[1], q.shape[2], config)
+    programs, numbers = grid_and_numbers(q, k, scale, q.shape[1], q.shape[2], config.consumers)
     return Streamed(_backward_q_hopper, programs, NAMES, numbers, config, **SPECIALS["backward_q"][1](config), CAUSAL=is_causal)
 
 @special("backward_kv")
@@ -216,5 +210,5 @@ def hopper_backward_kv(
     q, k, v, bias, seed, o, L, do, dL = x
     config = takes("backward_kv", q, k, v, do, is_causal=is_causal, without=(bias, dropout_p))
     if config is None: return None
-    programs, numbers = _numbers(q, k, scale, k.shape[1], k.shape[2], config)
+    programs, numbers = grid_and_numbers(q, k, scale, k.shape[1], k.shape[2], config.consumers)
     return Streamed(_backward_kv_hopper, programs, NAMES, numbers, config, **SPECIALS["backward_kv"][1](config), CAUSAL=is_causal)

@@ -6,14 +6,12 @@
 __all__ = ['hopper_jvp', 'hopper_tangent_q', 'hopper_tangent_kv']
 
 # %% ../../nbs/attention/hopper_tangent.ipynb #d8ccb0fb
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 # %% ../../nbs/attention/hopper_tangent.ipynb #da18e018
-from .forward import scale_log2
-from .hopper import (H, SPECIALS, Streamed, add, barriers, buffers, column, fetch, fetch_two, hide, key_tiles, my_place, onto, put, query_tiles, scores_in,
+from .hopper import (H, SPECIALS, Streamed, add, barriers, buffers, column, fetch, fetch_two, grid_and_numbers, hide, key_tiles, my_place, onto, put, query_tiles, scores_in,
                                      spread, sums_in, takes, times, weights)
 from .launch import special
 from .tiles import LOG2E
@@ -405,10 +403,6 @@ def _tangent_pair_hopper(s_q, s_tq, s_do, h_k, h_tk, h_v, h_tv, p_L, p_r, p_delt
 SPECIALS["tangent_pair"] = _tangent_pair_hopper, lambda config: dict(BM=config.rows, SP=config.consumers, ST=config.stages)
 
 # %% ../../nbs/attention/hopper_tangent.ipynb #a3176cc1
-def _numbers(q, k, scale, heads, length, consumers): # size of the grid, and scale … n_blocks
-    n_blocks = triton.cdiv(length, 64*consumers)
-    return n_blocks*q.shape[0]*heads, (scale, scale_log2(scale), q.shape[2], k.shape[2], heads, q.shape[1]//k.shape[1], n_blocks)
-
 @special("jvp")
 def hopper_jvp(
     x:tuple, # q, k, v, bias, seed, o, L, tq, tk, tv, tbias
@@ -418,7 +412,7 @@ def hopper_jvp(
     q, k, v, bias, seed, o, L, tq, tk, tv, tbias = x
     config = takes("jvp", q, k, v, o, tq, tk, tv, is_causal=is_causal, without=(bias, tbias, dropout_p))
     if config is None or stats != "exact" or not o.is_contiguous(): return None
-    programs, numbers = _numbers(q, k, scale, q.shape[1], q.shape[2], config.consumers)
+    programs, numbers = grid_and_numbers(q, k, scale, q.shape[1], q.shape[2], config.consumers)
     return Streamed(_jvp_hopper, programs, "q k v bias seed o L tq tk tv tbias to r", numbers, config, **SPECIALS["jvp"][1](config), CAUSAL=is_causal)
 
 # %% ../../nbs/attention/hopper_tangent.ipynb #6b8b50f2
@@ -431,7 +425,7 @@ def hopper_tangent_q(
     q, k, v, bias, seed, o, L, do, dL, tq, tk, tv, tbias, tdo, tdL, to, r = x
     config = takes("tangent_q", q, k, v, o, do, tq, tk, tv, to, is_causal=is_causal, without=(bias, dL, tbias, tdo, tdL, dropout_p))
     if config is None or not o.is_contiguous() or not to.is_contiguous(): return None
-    programs, numbers = _numbers(q, k, scale, q.shape[1], q.shape[2], config.consumers)
+    programs, numbers = grid_and_numbers(q, k, scale, q.shape[1], q.shape[2], config.consumers)
     return Streamed(_tangent_q_hopper, programs, "q k v bias seed o L do dL tq tk tv tbias tdo tdL to r g delta tdelta", numbers, config, **SPECIALS["tangent_q"][1](config), CAUSAL=is_causal)
 
 @special("tangent_kv")
@@ -446,5 +440,5 @@ def hopper_tangent_kv(
         config = takes(op, q, k, v, do, tq, tk, tv, is_causal=is_causal, without=(bias, tbias, tdo, dropout_p))
         if config is None: continue
         kernel, constants = SPECIALS[op]
-        programs, numbers = _numbers(q, k, scale, k.shape[1], k.shape[2], 1 if op == "tangent_pair" else config.consumers)
+        programs, numbers = grid_and_numbers(q, k, scale, k.shape[1], k.shape[2], 1 if op == "tangent_pair" else config.consumers)
         return Streamed(kernel, programs, "q k v bias seed L do tq tk tv tbias tdo r delta tdelta gk gv", numbers, config, **constants(config), CAUSAL=is_causal)
