@@ -76,6 +76,7 @@ def compile_only(n):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--D", type=int, choices=(64, 128), help="only this head dimension")
     parser.add_argument("--compile", type=int)
     args = parser.parse_args()
     if args.compile is not None: return compile_only(args.compile)
@@ -84,15 +85,17 @@ def main():
     from theria.attention.contract import rel_err
     from theria.records import Record
     start, running, said = time.time(), [], {}
-    for n in range(len(JOBS)):
+    record, problems = Record(args.out, dict(kind="hopper-sweep", dtype="bfloat16", **dict(zip(("B", "Hq", "Hkv", "Lq", "Lk"), LARGE))), device="cuda"), {}
+    key = lambda op, D, causal, stream: dict(op=op, D=D, causal=causal, stream=list(stream))
+    todo = [n for n, job in enumerate(JOBS) if key(*job) not in record and args.D in (None, job[1])]
+    for n in todo:
         running.append((n, subprocess.Popen([sys.executable, __file__, "--out", str(args.out), "--compile", str(n)], stdout=subprocess.PIPE, text=True)))
-        if len(running) >= os.cpu_count() or n == len(JOBS) - 1:
+        if len(running) >= os.cpu_count() or n == todo[-1]:
             for m, p in running: said[m] = json.loads((p.communicate()[0].strip().splitlines() or ['{"failed": "the compiler died"}'])[-1])
             running = []
-    print(f"compiled {len(JOBS)} in {time.time() - start:.0f} s", flush=True)
-    record, problems = Record(args.out, dict(kind="hopper-sweep", dtype="bfloat16", **dict(zip(("B", "Hq", "Hkv", "Lq", "Lk"), LARGE))), device="cuda"), {}
-    for n, (op, D, causal, stream) in enumerate(JOBS):
-        row = dict(said[n])
+    print(f"compiled {len(todo)} in {time.time() - start:.0f} s", flush=True)
+    for n in todo:
+        (op, D, causal, stream), row = JOBS[n], dict(said[n])
         if "failed" not in row and row["shared"] <= 232_448:
             for shape in (RAGGED, LARGE):
                 if (D, causal, shape) not in problems: problems[D, causal, shape] = problem(D, shape, causal, shape == RAGGED)
@@ -105,7 +108,7 @@ def main():
             row["p20"], row["p50"], row["p80"] = triton.testing.do_bench(run, warmup=4, rep=20, quantiles=[.2, .5, .8])
             row["tflops"] = PRODUCTS[op]*2*4*16*4096**2*D/(2 if causal else 1)/row["p50"]/1e9
             print(f"{op} D{D}{' causal' if causal else ''} {stream}: {row['p50']:.3f} ms, {row['tflops']:.0f} TFLOP/s, error {row['error']:.1e}, {row['spills']} bytes spilt {' '.join(row['waits'])}", flush=True)
-        record.add(dict(op=op, D=D, causal=causal, stream=stream), row)
+        record.add(key(op, D, causal, stream), row)
     print(f"{len(record)} rows in {time.time() - start:.0f} s")
 
 

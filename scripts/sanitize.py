@@ -1,4 +1,4 @@
-"""Run every kernel once under compute-sanitizer: `python scripts/sanitize.py` (memcheck and racecheck; takes some minutes, because checked kernels run slowly).
+"""Run every kernel once under compute-sanitizer: `python scripts/sanitize.py` (memcheck and racecheck, one process a problem, as many at once as there are cores).
 
 The problems are small and ragged, in half and single precision, with and without causality, mask, dropout and grouped heads, and pass through the public calls, so that every
 kernel of the package is launched. compute-sanitizer comes with the CUDA toolkit; it is looked for on PATH and below CUDA_HOME.
@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,28 +55,38 @@ def problems():
     for backend in ("triton_ref", "triton_fast", "triton_fused"): yield backend, lambda b=backend: derivatives(half, backend=b, dropout_p=.3)
 
 
+def check(name, command, env, limit):
+    "What one process says: nothing, or why it failed."
+    try: done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired: return f"{name}: not finished after {limit} s"
+    lines = (done.stdout + done.stderr).splitlines()
+    said, errors = [line for line in lines if line.startswith("=========")], [line for line in lines if "rror" in line]
+    return "" if done.returncode == 0 else "\n".join([f"{name}: exit {done.returncode}", *(said[:60] or errors[-20:] or lines[-20:])])
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--tool", action="append", choices=TOOLS, help="only this tool; may be repeated")
-    p.add_argument("--run", action="store_true", help="run the problems without a sanitizer, as it does")
+    p.add_argument("--only", default="", metavar="TEXT", help="only the problems whose name contains this")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
+    p.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="for one process")
+    p.add_argument("--run", metavar="NAME", help="run one problem without a sanitizer")
     a = p.parse_args()
-    if a.run:
-        sys.path.insert(0, str(ROOT))
-        for name, call in problems():
-            print(name, flush=True)
-            call()
-        return
-    sanitizer, clean = find(), True
+    sys.path.insert(0, str(ROOT))
+    if a.run: return dict(problems())[a.run]()
+    sanitizer, names = find(), [name for name, _ in problems() if a.only in name]
     # Triton's kernels are compiled by a plain run first: under the tool, compiling would be traced too. Without PyTorch's cache of memory, every tensor is an allocation the tool knows.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
-    again = [sys.executable, __file__, "--run"]
-    subprocess.run(again, check=True, env=env, stdout=subprocess.DEVNULL)
-    for tool in a.tool or TOOLS:
-        done = subprocess.run([sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9", *again], env=env, capture_output=True, text=True)
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=========")]
-        print(f"{tool}: {'clean' if done.returncode == 0 else 'FAILED'}", *said[-1:] if done.returncode == 0 else said[:60], sep="\n")
-        clean &= done.returncode == 0
-    sys.exit(0 if clean else 1)
+    plain = lambda name: [sys.executable, __file__, "--run", name]
+    under = {tool: [sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9"] for tool in a.tool or TOOLS}
+    def one(name):
+        alone = check(name, plain(name), env, a.limit)
+        return [alone] + ([""]*len(under) if alone else [check(name, command + plain(name), env, a.limit) for command in under.values()])
+    with ThreadPoolExecutor(a.jobs) as pool: found = list(pool.map(one, names))
+    for way, bad in zip(("no tool", *under), zip(*found)):
+        bad = [b for b in bad if b]
+        print(f"{way}: {len(names) - len(bad)} of {len(names)} problems clean", *bad, sep="\n", flush=True)
+    sys.exit(any(map(any, found)))
 
 
 if __name__ == "__main__": main()

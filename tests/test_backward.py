@@ -20,7 +20,7 @@ def compare(name, has_dL, options):
     theirs = reference.backward(*args, *reference.forward(*args, **kw), up(s.do), up(dL), **kw)
     with poisoned(): ours = backward(*s.args, o, L, s.do, dL, **s.options, **options)
     for term, a, b in zip("QKVB", ours, theirs, strict=True):
-        if a is not None: assert rel_err(a, b) <= TOLERANCE[s.do.dtype] or (a - b).norm() <= 1e-5, f"d{term} is off by {rel_err(a, b):.1e}"
+        if a is not None: assert rel_err(a, b) <= TOLERANCE[s.do.dtype] or (a - b).norm() <= 1e-6*o.numel()**0.5, f"d{term} is off by {rel_err(a, b):.1e}" # a scalar bias changes nothing: a sum of zeros
 
 
 @pytest.mark.parametrize("name, how", [(name, how) for n, name in enumerate(NAMES) for how in ("parts", "atomic") if n % 2 == (how == "parts") and name != "everything"])

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from theria import sdpa_custom
-from theria.attention import attention
+from theria.attention import attention, contract
 from theria.attention.contract import ContractError, rel_err
 
 
@@ -24,6 +24,7 @@ def qkv(*lead, Lq=5, Lk=7, D=8, Dv=6, dtype=torch.float64): return [torch.randn(
 
 @pytest.mark.parametrize("options, says", [
     (dict(is_causal="no"), "is_causal='no'"), (dict(is_causal=None), "is_causal=None"), (dict(is_causal=1), "is_causal=1"),
+    (dict(enable_gqa=0), "enable_gqa=0"), (dict(dropout_p=False), "dropout_p=False"), (dict(scale=False), "scale=False"),
     (dict(is_causal=torch.ones(5, 7, dtype=torch.bool)), "is_causal of type torch.Tensor"), (dict(is_causal=np.True_), "is_causal of type numpy.bool"),
     (dict(enable_gqa="no"), "enable_gqa='no'"), (dict(return_lse=1), "return_lse=1"),
     (dict(scale=10**400), "finite number"), (dict(scale=torch.tensor(.5)), "finite number"), (dict(scale=torch.rand(4)), "finite number"),
@@ -34,7 +35,9 @@ def qkv(*lead, Lq=5, Lk=7, D=8, Dv=6, dtype=torch.float64): return [torch.randn(
     (dict(attn_mask=np.ones((5, 7), bool)), "ndarray"), (dict(attn_mask=torch.ones(7, dtype=torch.bool)), "rank ≥ 2"),
     (dict(attn_mask=torch.ones(5, 7, dtype=torch.bool), is_causal=True), "one of them")])
 def test_faulty_options(options, says):
-    with pytest.raises(ContractError) as e: sdpa_custom(*qkv(2, 4), **options)
+    x = qkv(2, 4)
+    for good in ({}, dict(is_causal=True), dict(return_lse=True), dict(scale=1), dict(scale=0)): sdpa_custom(*x, **good)  # remembered, and equal to some of the faulty ones as keys
+    with pytest.raises(ContractError) as e: sdpa_custom(*x, **options)
     message = str(e.value)
     assert says in message and message.startswith("got ") and "; accepted" in message and message.endswith(".") and "\n" not in message
 
@@ -45,6 +48,7 @@ def test_faulty_options(options, says):
     (lambda q: q[0, 0, 0], "rank 1"), (lambda q: q[:, :3], "3 query"), (lambda q: q[..., :4], "D=4"), (lambda q: q.expand(3, 2, 4, 5, 8)[:, :, :3], "3 query")])
 def test_faulty_queries(turn, says):
     q, k, v = qkv(2, 4)
+    sdpa_custom(q, k, v)
     with pytest.raises(ContractError, match=says.replace("(", "\\(")): sdpa_custom(turn(q), k, v)
 
 
@@ -97,6 +101,38 @@ def test_same_as_pytorch_to_second_order(problem):
         return
     for a, b in zip(derivatives(call(sdpa_custom), xs, do, u), theirs, strict=True):
         assert a.shape == b.shape and (rel_err(a, b) <= 1e-11 or (a - b).abs().max() <= 1e-13)
+
+
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@given(problems(), st.sampled_from([torch.float16, torch.float32, torch.float64]))
+def test_a_remembered_call_is_the_same_call(problem, dtype):
+    sizes, grouped, kind, size, scale, _ = problem
+    *x, mask = (torch.zeros(n, dtype=dtype) for n in (*sizes, size))
+    call = (*x, {"none": None, "causal": None, "additive": mask}.get(kind, mask > 0), 0., kind == "causal", scale, grouped, "exact", False, "auto")
+    contract._decided.clear()
+    try: first, *folded = contract.check(*call)
+    except ContractError:
+        assert not contract._decided
+        return
+    again, *same = contract.check(*call)
+    assert first == again == contract._decide(*call)[0] and len(contract._decided) == 1
+    for a, b in zip(folded, same, strict=True): assert (a is None and b is None) or (a.shape, a.stride()) == (b.shape, b.stride())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # PyTorch's own, on the first use of its compiler
+def test_a_traced_call_is_not_remembered():
+    from torch._dynamo.testing import CompileCounterWithBackend
+    torch._dynamo.reset()
+    contract._decided.clear()
+    f = lambda q, k, v: sdpa_custom(q, k, v, is_causal=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, x = torch.compile(f, fullgraph=True, backend=counter), qkv(2, 4)
+    compiled(*x)
+    for traced in (f, torch.func.grad(lambda *x: f(*x).sum()), torch.vmap(f)): make_fx(traced, tracing_mode="symbolic")(*x)
+    torch.export.export(type("Attention", (nn.Module,), dict(forward=lambda self, q, k, v: f(q, k, v)))(), tuple(x), strict=False)
+    assert not contract._decided
+    f(*x)
+    assert len(contract._decided) == 1 and rel_err(compiled(*x), f(*x)) <= 1e-12 and counter.frame_count == 1  # nor does a remembered call compile anything again
 
 
 def test_row_statistics_are_differentiated_twice():

@@ -40,7 +40,7 @@ def test_both_half_precisions_are_filed():
 def used(monkeypatch):
     "Every problem is worth it; the passes that took one are noted."
     taken = []
-    monkeypatch.setattr(hopper, "WORTH", 0)
+    monkeypatch.setattr(hopper, "worth", lambda op, D: 0)
     for op, f in list(launch.SPECIAL.items()):
         def noted(x, *options, f=f, op=op):
             found = f(x, *options)

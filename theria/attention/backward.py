@@ -16,10 +16,11 @@ from torch import Tensor
 # %% ../../nbs/attention/backward.ipynb #4e6ad717
 from . import tuning
 from .contract import ContractError
-from .forward import bias_kind, bias_strides, dropout, key_range, padded, place, precision, scale_log2
+from .forward import bias_kind, bias_strides, carries, dropout, key_range, padded, place, precision, scale_log2, shapes_of
 from .reference import Grads
+from .hull import hide_outside, hull, hull_range, hull_strides, worth_a_hull
 from .launch import Launch, hold, launch, plan_laid_out, planned
-from .tiles import NO_BIAS, dot, factor, hide_and_bias, keep, load_lse2, load_tile, seed_of, store_tile
+from .tiles import NO_BIAS, dot, factor, hide_and_bias, keep, load_lse2, load_tile, row_dot, seed_of, store_tile
 
 # %% ../../nbs/attention/backward.ipynb #545f6f8d
 @triton.jit
@@ -31,13 +32,13 @@ def _at(p, s, i_b, i_h, row):
 @triton.jit
 def _row_delta(do, o, p_dL, row, r, n):
     "Δ of the rows from row, of which n exist"
-    delta = tl.sum(do.to(tl.float32)*o.to(tl.float32), 1)
+    delta = row_dot(do, o)
     if p_dL is not None: delta -= tl.load(p_dL + row + r, mask=r < n, other=0.)
     return delta
 
 # %% ../../nbs/attention/backward.ipynb #45ee1346
 @triton.jit
-def _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, k_l, v_l, bias_i, bias_j, i, i_drop, lo, hi, scale2, Lq, Lk, seed, threshold, keep_scale,
+def _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, k_l, v_l, bias_i, bias_j, i, i_drop, lo, hi, core, scale2, Lq, Lk, seed, threshold, keep_scale,
                D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
                BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     n, d, dv = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
@@ -47,7 +48,7 @@ def _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, k_l, v_l, bias_i, bias_j,
         v = load_tile(p_v + tl.cast(j0, tl.int64)*v_l, n, dv, v_l, Lk - j0, DV, EDGE, DV < BDV)
         j = (j0 + n)[None, :]
         x = dot(q, tl.trans(k), tl.zeros([q.shape[0], BN], tl.float32), PRECISION)
-        x = hide_and_bias(x, i, j, p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, EDGE)
+        x = hide_outside(x, i, j, j0, core, BN, p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, EDGE)
         p = tl.exp2(x*c - L2[:, None])
         a = dot(do, tl.trans(v), tl.zeros([q.shape[0], BN], tl.float32), PRECISION)
         if DROP: a = tl.where(keep(seed, i_drop, i, j, threshold), a*keep_scale, 0.)
@@ -70,8 +71,8 @@ def _share(i_out, B, span, n, SPLIT: tl.constexpr):
 def _query_block(pid, pointers, strides, sizes, numbers,
                  D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, _, _ = pointers
-    s_q, s_k, s_v, s_o, s_do, s_dq, _, _, s_bias = strides
+    p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, _, _, p_rows, _ = pointers
+    s_q, s_k, s_v, s_o, s_do, s_dq, _, _, s_bias, s_rows, _ = strides
     bias_b, bias_h, bias_i, bias_j = s_bias
     B, Hq, G, Lq, Lk, span = sizes
     scale, scale2, part, threshold, keep_scale = numbers
@@ -90,14 +91,21 @@ def _query_block(pid, pointers, strides, sizes, numbers,
     if BIAS != NO_BIAS: p_bias += i_b*bias_b + i_h*bias_h
     seed, i_drop = seed_of(p_seed, i_b, i_h, part, Hq, DROP)
     i = (i0 + r)[:, None]
-    full, end = key_range(i0, Lk, BM, BN, CAUSAL)
-    if SPLIT: full, end = tl.maximum(tl.minimum(full, hi), lo), tl.minimum(end, hi)
     dq = tl.zeros([BM, BD], tl.float32)
-    dq = _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, s_k[2], s_v[2], bias_i, bias_j, i, i_drop, lo, full, scale2, Lq, Lk, seed, threshold, keep_scale,
-                    D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, False, PRECISION)
-    if full < end:
-        dq = _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, s_k[2], s_v[2], bias_i, bias_j, i, i_drop, full, end, scale2, Lq, Lk, seed, threshold, keep_scale,
-                        D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
+    if p_rows is None:
+        full, end = key_range(i0, Lk, BM, BN, CAUSAL)
+        if SPLIT: full, end = tl.maximum(tl.minimum(full, hi), lo), tl.minimum(end, hi)
+        dq = _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, s_k[2], s_v[2], bias_i, bias_j, i, i_drop, lo, full, None, scale2, Lq, Lk, seed, threshold, keep_scale,
+                        D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, False, PRECISION)
+        if full < end:
+            dq = _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, s_k[2], s_v[2], bias_i, bias_j, i, i_drop, full, end, None, scale2, Lq, Lk, seed, threshold, keep_scale,
+                            D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
+    else:
+        begin, end, core = hull_range(p_rows, s_rows, i_b, i_h, i0, Lq, BM, BN)
+        if SPLIT: begin, end = tl.maximum(begin, lo), tl.minimum(end, hi)
+        if begin < end:
+            dq = _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, s_k[2], s_v[2], bias_i, bias_j, i, i_drop, begin, end, core, scale2, Lq, Lk, seed, threshold, keep_scale,
+                            D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
     store_tile(_at(p_dq, s_dq, i_out, i_h, first), dq*scale, r, d, s_dq[2], Lq - i0, D)
 
 # %% ../../nbs/attention/backward.ipynb #284aba9d
@@ -112,7 +120,7 @@ def query_range(j0, Lq, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr
 
 # %% ../../nbs/attention/backward.ipynb #91748972
 @triton.jit
-def _walk_queries(dk, dv, k, v, heads, rows, o_l, q_l, do_l, dq_d, bias_i, bias_j, j, i_drop, lo, hi, scale2, Lq, Lk, seed, threshold, keep_scale,
+def _walk_queries(dk, dv, k, v, heads, rows, o_l, q_l, do_l, dq_d, bias_i, bias_j, j, i_drop, lo, hi, core, scale2, Lq, Lk, seed, threshold, keep_scale,
                   D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
                   BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, DIAGONAL: tl.constexpr,
                   REMAKE: tl.constexpr, ATOMIC: tl.constexpr, PRECISION: tl.constexpr):
@@ -128,7 +136,7 @@ def _walk_queries(dk, dv, k, v, heads, rows, o_l, q_l, do_l, dq_d, bias_i, bias_
         if REMAKE: delta = _row_delta(do, load_tile(p_o + tl.cast(i0, tl.int64)*o_l, r, e, o_l, Lq - i0, DV, True, DV < BDV), p_dL, row + i0, r, Lq - i0)
         else: delta = tl.load(p_delta + row + i0 + r, mask=i0 + r < Lq, other=0.)
         x = dot(k, tl.trans(q), tl.zeros([k.shape[0], BM], tl.float32), PRECISION)
-        x = hide_and_bias(x, i, j, p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, DIAGONAL)
+        x = hide_outside(x, i, j, i0, core, BM, p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, DIAGONAL)
         p = tl.exp2(x*c - L2[None, :])
         a = dot(v, tl.trans(do), tl.zeros([k.shape[0], BM], tl.float32), PRECISION)
         pz = p
@@ -149,8 +157,8 @@ def _key_block(pid, pointers, strides, sizes, numbers,
                D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr,
                SPLIT: tl.constexpr, REMAKE: tl.constexpr, ATOMIC: tl.constexpr, PRECISION: tl.constexpr):
-    p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, p_dk, p_dv = pointers
-    s_q, s_k, s_v, s_o, s_do, s_dq, s_dk, s_dv, s_bias = strides
+    p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, p_dk, p_dv, _, p_cols = pointers
+    s_q, s_k, s_v, s_o, s_do, s_dq, s_dk, s_dv, s_bias, _, s_cols = strides
     bias_b, bias_h, bias_i, bias_j = s_bias
     B, Hq, G, Lq, Lk, span = sizes
     scale, scale2, part, threshold, keep_scale = numbers
@@ -172,50 +180,56 @@ def _key_block(pid, pointers, strides, sizes, numbers,
         heads = (_at(p_q, s_q, i_b, i_h, 0), _at(p_o, s_o, i_b, i_h, 0) if REMAKE else p_o, _at(p_do, s_do, i_b, i_h, 0),
                  p_bias + i_b*bias_b + i_h*bias_h if BIAS != NO_BIAS else p_bias, _at(p_dq, s_dq, i_b, i_h, 0) if ATOMIC else p_dq)
         rows = (p_L, p_dL, p_delta, row)
-        if CAUSAL:
-            dk, dv = _walk_queries(dk, dv, k, v, heads, rows, s_o[2], s_q[2], s_do[2], s_dq[2], bias_i, bias_j, j, i_drop, first, full, scale2, Lq, Lk, seed, threshold,
-                                   keep_scale, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, True, REMAKE, ATOMIC, PRECISION)
-        dk, dv = _walk_queries(dk, dv, k, v, heads, rows, s_o[2], s_q[2], s_do[2], s_dq[2], bias_i, bias_j, j, i_drop, tl.maximum(full, lo) if SPLIT else full, hi, scale2, Lq, Lk,
-                               seed, threshold, keep_scale, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, False, REMAKE, ATOMIC, PRECISION)
+        if p_cols is None:
+            if CAUSAL:
+                dk, dv = _walk_queries(dk, dv, k, v, heads, rows, s_o[2], s_q[2], s_do[2], s_dq[2], bias_i, bias_j, j, i_drop, first, full, None, scale2, Lq, Lk, seed, threshold,
+                                       keep_scale, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, True, REMAKE, ATOMIC, PRECISION)
+            dk, dv = _walk_queries(dk, dv, k, v, heads, rows, s_o[2], s_q[2], s_do[2], s_dq[2], bias_i, bias_j, j, i_drop, tl.maximum(full, lo) if SPLIT else full, hi, None, scale2,
+                                   Lq, Lk, seed, threshold, keep_scale, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, False, REMAKE, ATOMIC, PRECISION)
+        else:
+            begin, end, core = hull_range(p_cols, s_cols, i_b, i_h, j0, Lk, BN, BM)
+            if SPLIT: begin, end = tl.maximum(begin, lo), tl.minimum(end, hi)
+            dk, dv = _walk_queries(dk, dv, k, v, heads, rows, s_o[2], s_q[2], s_do[2], s_dq[2], bias_i, bias_j, j, i_drop, begin, end, core, scale2,
+                                   Lq, Lk, seed, threshold, keep_scale, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, False, REMAKE, ATOMIC, PRECISION)
     store_tile(_at(p_dk, s_dk, i_out, i_hk, start), dk*scale, n, d, s_dk[2], Lk - j0, D)
     store_tile(_at(p_dv, s_dv, i_out, i_hk, start), dv, n, e, s_dv[2], Lk - j0, DV)
 
 # %% ../../nbs/attention/backward.ipynb #19cf8ae8
 @triton.jit
-def _backward_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, p_dk, p_dv,
+def _backward_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, p_dk, p_dv, p_rows, p_cols,
                 q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, do_b, do_h, do_l, dq_b, dq_h, dq_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
-                bias_b, bias_h, bias_i, bias_j, B, Hq, G, Lq, Lk, span, scale, scale2, part, threshold, keep_scale,
+                bias_b, bias_h, bias_i, bias_j, rows_b, rows_h, rows_u, cols_b, cols_h, cols_u, B, Hq, G, Lq, Lk, span, scale, scale2, part, threshold, keep_scale,
                 D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                 BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    pointers = (p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, p_dk, p_dv)
+    pointers = (p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, p_dk, p_dv, p_rows, p_cols)
     strides = ((q_b, q_h, q_l), (k_b, k_h, k_l), (v_b, v_h, v_l), (o_b, o_h, o_l), (do_b, do_h, do_l), (dq_b, dq_h, dq_l), (dk_b, dk_h, dk_l), (dv_b, dv_h, dv_l),
-               (bias_b, bias_h, bias_i, bias_j))
+               (bias_b, bias_h, bias_i, bias_j), (rows_b, rows_h, rows_u), (cols_b, cols_h, cols_u))
     sizes, numbers = (B, Hq, G, Lq, Lk, span), (scale, scale2, part, threshold, keep_scale)
     _query_block(tl.program_id(0), pointers, strides, sizes, numbers, D, DV, BD, BDV, BM, BN, BIAS, CAUSAL, DROP, SPLIT, PRECISION)
 
 # %% ../../nbs/attention/backward.ipynb #b5ed849d
 @triton.jit
-def _backward_kv(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, p_dk, p_dv,
+def _backward_kv(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, p_dk, p_dv, p_rows, p_cols,
                  q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, do_b, do_h, do_l, dq_b, dq_h, dq_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
-                 bias_b, bias_h, bias_i, bias_j, B, Hq, G, Lq, Lk, span, scale, scale2, part, threshold, keep_scale,
+                 bias_b, bias_h, bias_i, bias_j, rows_b, rows_h, rows_u, cols_b, cols_h, cols_u, B, Hq, G, Lq, Lk, span, scale, scale2, part, threshold, keep_scale,
                  D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, SPLIT: tl.constexpr, ATOMIC: tl.constexpr, PRECISION: tl.constexpr):
-    pointers = (p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, p_dk, p_dv)
+    pointers = (p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, p_dk, p_dv, p_rows, p_cols)
     strides = ((q_b, q_h, q_l), (k_b, k_h, k_l), (v_b, v_h, v_l), (o_b, o_h, o_l), (do_b, do_h, do_l), (dq_b, dq_h, dq_l), (dk_b, dk_h, dk_l), (dv_b, dv_h, dv_l),
-               (bias_b, bias_h, bias_i, bias_j))
+               (bias_b, bias_h, bias_i, bias_j), (rows_b, rows_h, rows_u), (cols_b, cols_h, cols_u))
     sizes, numbers = (B, Hq, G, Lq, Lk, span), (scale, scale2, part, threshold, keep_scale)
     _key_block(tl.program_id(0), pointers, strides, sizes, numbers, D, DV, BD, BDV, BM, BN, BIAS, CAUSAL, DROP, SPLIT, ATOMIC, ATOMIC, PRECISION)
 
 # %% ../../nbs/attention/backward.ipynb #095185c8
 @triton.jit
-def _backward_once(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, p_dk, p_dv,
+def _backward_once(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, p_dk, p_dv, p_rows, p_cols,
                    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, do_b, do_h, do_l, dq_b, dq_h, dq_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
-                   bias_b, bias_h, bias_i, bias_j, B, Hq, G, Lq, Lk, span, scale, scale2, part, threshold, keep_scale,
+                   bias_b, bias_h, bias_i, bias_j, rows_b, rows_h, rows_u, cols_b, cols_h, cols_u, B, Hq, G, Lq, Lk, span, scale, scale2, part, threshold, keep_scale,
                    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr):
-    pointers = (p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, p_dk, p_dv)
+    pointers = (p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_delta, p_dq, p_dk, p_dv, p_rows, p_cols)
     strides = ((q_b, q_h, q_l), (k_b, k_h, k_l), (v_b, v_h, v_l), (o_b, o_h, o_l), (do_b, do_h, do_l), (dq_b, dq_h, dq_l), (dk_b, dk_h, dk_l), (dv_b, dv_h, dv_l),
-               (bias_b, bias_h, bias_i, bias_j))
+               (bias_b, bias_h, bias_i, bias_j), (rows_b, rows_h, rows_u), (cols_b, cols_h, cols_u))
     sizes, numbers = (B, Hq, G, Lq, Lk, span), (scale, scale2, part, threshold, keep_scale)
     n_keys, pid = tl.cdiv(Lk, BN)*B*(Hq//G), tl.program_id(0)
     if pid < n_keys: _key_block(pid, pointers, strides, sizes, numbers, D, DV, BD, BDV, BM, BN, BIAS, CAUSAL, DROP, False, True, False, PRECISION)
@@ -312,9 +326,9 @@ def _plan_atomic(kernel, q, n_kv, look, config, outs, scale):
     c, (_, dk, dv), (B, Hq, Lq, D) = config or look("backward_atomic"), outs, q.shape
     add = kernel(_backward_kv, c, n_kv(c), (q.new_empty(B, Hq, D, Lq, device="meta"), dk, dv), SPLIT=False, ATOMIC=True)
     def run(*x):
-        *x, dq, dk, dv = x
+        *x, dq, dk, dv, rows, cols = x
         sums = dq.new_zeros(B, Hq, D, Lq, dtype=torch.float32)
-        add(*x, sums, dk, dv)
+        add(*x, sums, dk, dv, rows, cols)
         dq.copy_(sums.mul_(scale).mT)
     return run
 
@@ -331,10 +345,10 @@ def _plan_two(kernel, x, n_q, n_kv, look, config_q, config_kv, parts, outs, *opt
     queries = special("backward_q", config_q, S_q) or kernel(_backward_q, cq, n_q(cq)*S_q, sums, span(Lk, cq.BN, S_q), SPLIT=S_q > 1)
     keys = special("backward_kv", config_kv, S_kv) or kernel(_backward_kv, ckv, n_kv(ckv)*S_kv, sums, span(Lq, ckv.BM, S_kv), SPLIT=S_kv > 1, ATOMIC=False)
     def run(*x):
-        outs = x[-3:]
+        outs, tables = x[-5:-2], x[-2:]
         sums = [room(out, S) for out, S in zip(outs, cut)]
-        queries(*x[:-3], *sums)
-        keys(*x[:-3], *sums)
+        queries(*x[:-5], *sums, *tables)
+        keys(*x[:-5], *sums, *tables)
         for parts, out, S in zip(sums, outs, cut):
             if S > 1: _add_up(parts, out)
     return run
@@ -343,7 +357,7 @@ def _plan_two(kernel, x, n_q, n_kv, look, config_q, config_kv, parts, outs, *opt
 def _plan_bias(x, B, Hq, G, numbers, is_causal, shapes):
     q, k, v, bias, _, _, _, do, _ = x
     (nb, nh, ni, nj), Lq, Lk = bias.shape, q.shape[2], k.shape[2]
-    c = tuning.safe("tangent_q", max(shapes["BD"], shapes["BDV"]), q.dtype.itemsize)._replace(stages=1)
+    c = tuning.bias_tile(max(shapes["BD"], shapes["BDV"]), q.dtype.itemsize)
     strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
     return Launch(_backward_bias, nb*nh*triton.cdiv(ni, c.BM)*triton.cdiv(nj, c.BN), (*strides, *bias_strides(bias), B, Hq, G, Lq, Lk, *numbers, nb, nh, ni, nj), c,
                   SUM_I=ni < Lq, SUM_J=nj < Lk, BM=c.BM, BN=c.BN, CAUSAL=is_causal, **shapes)
@@ -355,14 +369,17 @@ def _plan(x, scale, is_causal, dropout_p, wants_bias, form, parts, config_q, con
     made = lambda x: [torch.empty_like(x[0]), torch.empty_like(x[1]), torch.empty_like(x[2])]
     empty_bias = lambda bias: torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device) if wants_bias else None
     if L.numel() == 0 or Lk == 0: return lambda *x: Grads(*(y.zero_() for y in made(x)), empty_bias(x[3]))
+    one_tile = hold("backward", x, scale, is_causal, dropout_p, wants_bias) if form == "once" and not (config_q or config_kv or config_once) else None
+    if one_tile is not None: return one_tile
     outs = [torch.empty_like(y, device="meta") for y in (q, k, v)]
     numbers = scale_log2(scale), *dropout(seed, B, dropout_p)
-    shapes = dict(D=D, DV=Dv, BD=padded(D), BDV=padded(Dv), DROP=dropout_p > 0, PRECISION=prec)
-    look = lambda op: tuning.lookup(op, q, Dv, Lk, is_causal, "" if bias is None else "bias")
+    shapes = shapes_of(q, v, dropout_p, prec)
+    tabled = worth_a_hull(bias, B*Hq, Lq, Lk)
+    look = lambda op: tuning.lookup(op, q, Dv, Lk, is_causal, carries(bias, tabled))
     n_q, n_kv = lambda c: triton.cdiv(Lq, c.BM)*B*Hq, lambda c: triton.cdiv(Lk, c.BN)*B*Hkv
     def kernel(f, c, programs, outs, span=0, **flags): # the kernels of this page take the same arguments
         strides = [s for y in (q, k, v, o, do, *outs) for s in y.stride()[:3]]
-        return Launch(f, programs, (*strides, *bias_strides(bias), B, Hq, Hq//Hkv, Lq, Lk, span, scale, *numbers), c,
+        return Launch(f, programs, (*strides, *bias_strides(bias), *hull_strides(bias), B, Hq, Hq//Hkv, Lq, Lk, span, scale, *numbers), c,
                       BM=c.BM, BN=c.BN, BIAS=bias_kind(bias), CAUSAL=is_causal, **flags, **shapes)
     if form != "two" and not (config_kv or config_once or look(f"backward_{form}")): form = "two"
     if form == "once": go = _plan_once(kernel, n_q, n_kv, look, config_once, outs)
@@ -371,7 +388,7 @@ def _plan(x, scale, is_causal, dropout_p, wants_bias, form, parts, config_q, con
     go_bias = _plan_bias(x, B, Hq, Hq//Hkv, numbers, is_causal, shapes) if wants_bias and bias.numel() else None
     def run(*x):
         grads, delta, dbias = made(x), torch.empty_like(x[6]), empty_bias(x[3])
-        go(*x, delta, *grads)
+        go(*x, delta, *grads, *(hull(x[3], Lq, Lk) if tabled else (None, None)))
         if go_bias is not None: go_bias(*x[:5], x[6], x[7], delta, dbias)
         return Grads(*grads, dbias)
     return run

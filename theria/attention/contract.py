@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../../nbs/attention/contract.ipynb #21ba8230
 class ContractError(ValueError):
@@ -32,6 +32,7 @@ BACKENDS = {
     "triton_fast": "Triton scores, tuned; PyTorch softmax and values",
     "triton_fused": "fused forward, recomputing reference backward",
     "triton_full_fused": "fused to second order in both modes",
+    "triton_fp8": "FP8 forward where the hardware has it; derivatives in bfloat16 at the rounded inputs",
     "sdpa": "F.scaled_dot_product_attention, for comparison",
 }
 STATS = ("exact", "frozen")
@@ -227,13 +228,49 @@ def _check_backend_limits(p):
         if max(p.D, p.Dv) > MAX_HEAD_DIM:
             raise ContractError(f"got D={p.D} and Dv={p.Dv} with backend={p.backend!r}; accepted are D and Dv up to {MAX_HEAD_DIM} there: use more heads, "
                                 "or backend='reference'.")
-        if p.dtype == torch.float64:
+        if p.dtype == torch.float64 and p.backend != "triton_fp8": # which says itself what it takes
             raise ContractError(f"got float64 with backend={p.backend!r}; accepted are float16, bfloat16 and float32 there: cast, or use backend='reference'.")
     if p.backend == "sdpa" and (p.return_lse or p.stats != "exact"):
         raise ContractError(f"got return_lse={p.return_lse} and stats={p.stats!r} with backend='sdpa'; accepted are False and 'exact' there: "
                             "use backend='auto'.")
 
 # %% ../../nbs/attention/contract.ipynb #5b82cd8b
+def _decide(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, stats, return_lse, backend):
+    "The problem of a call, and its batch dimensions."
+    _check_switches(is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)
+    _check_tensors(q, k, v)
+    _check_sizes(q, k, v)
+    Hq, Hkv = _heads(q, k, v, enable_gqa)
+    batch, flat = _batch(q, k, v), max(x.dim() for x in (q, k, v)) == 2
+    lead, Lq, Lk = () if flat else (*batch, Hq), q.shape[-2], k.shape[-2]
+    if attn_mask is not None: _check_mask(attn_mask, is_causal, torch.Size((*lead, Lq, Lk)), q.dtype, q.device)
+    if stats not in STATS:
+        raise ContractError(f"got stats={stats!r}; accepted are 'exact' and 'frozen': use 'exact' unless you study the difference.")
+    fits = max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM and q.dtype != torch.float64
+    kind = None if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "additive"
+    p = Problem(resolve_backend(backend, q.device, fits), lead, math.prod(batch), Hq, Hkv, Lq, Lk, q.shape[-1], v.shape[-1], q.dtype, q.device, kind,
+                bool(is_causal), _check_scale(scale, q.shape[-1]), _check_dropout(dropout_p), stats, bool(return_lse))
+    _check_backend_limits(p)
+    return p, batch
+
+# %% ../../nbs/attention/contract.ipynb #9e6001e5
+_TENSORS, _NUMBERS = {Tensor, nn.Parameter}, {int, float} # bool is neither of these
+
+def _key(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa, stats, return_lse, backend):
+    "All that `_decide` depends on, or None for a call that it has to look at."
+    if torch.compiler.is_compiling() or torch.jit.is_tracing(): return None
+    for x in (q, k, v) if mask is None else (q, k, v, mask):
+        if type(x) not in _TENSORS or x.layout != torch.strided or x.is_nested: return None
+    plain = (type(is_causal) is type(enable_gqa) is type(return_lse) is bool and type(stats) is type(backend) is str
+             and type(dropout_p) in _NUMBERS and (scale is None or type(scale) in _NUMBERS))
+    if not plain: return None
+    return (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, None if mask is None else (mask.shape, mask.dtype, mask.device),
+            dropout_p, is_causal, scale, enable_gqa, stats, return_lse, backend, backend in implementations, "triton_full_fused" in implementations, INTERPRETING)
+
+# %% ../../nbs/attention/contract.ipynb #4098e934
+_MOST = 4096 # calls remembered
+_decided: dict[tuple, tuple] = {} # key -> problem, batch dimensions, do the tensors stay as they are?
+
 def check(
     q:Tensor, # (…, Hq, Lq, D)
     k:Tensor, # (…, Hkv, Lk, D)
@@ -249,22 +286,18 @@ def check(
 ) -> tuple[Problem, Tensor, Tensor, Tensor, Tensor|None]: # the problem; q, k, v and mask in rank 4
     "Check a call once and normalize it; raises `ContractError`."
     q, k, v, attn_mask = _autocast(q, k, v, attn_mask)
-    _check_switches(is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)
-    _check_tensors(q, k, v)
-    _check_sizes(q, k, v)
-    Hq, Hkv = _heads(q, k, v, enable_gqa)
-    batch, flat = _batch(q, k, v), max(x.dim() for x in (q, k, v)) == 2
-    lead, Lq, Lk = () if flat else (*batch, Hq), q.shape[-2], k.shape[-2]
-    if attn_mask is not None: _check_mask(attn_mask, is_causal, torch.Size((*lead, Lq, Lk)), q.dtype, q.device)
-    if stats not in STATS:
-        raise ContractError(f"got stats={stats!r}; accepted are 'exact' and 'frozen': use 'exact' unless you study the difference.")
-    fits = max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM and q.dtype != torch.float64
-    kind = None if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "additive"
-    p = Problem(resolve_backend(backend, q.device, fits), lead, math.prod(batch), Hq, Hkv, Lq, Lk, q.shape[-1], v.shape[-1], q.dtype, q.device, kind,
-                bool(is_causal), _check_scale(scale, q.shape[-1]), _check_dropout(dropout_p), stats, bool(return_lse))
-    _check_backend_limits(p)
-    mask = None if attn_mask is None else _fold_mask(attn_mask, batch)
-    return p, _fold(q, batch, Hq), _fold(k, batch, Hkv), _fold(v, batch, Hkv), mask
+    call = q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa, stats, return_lse, backend
+    key, known = _key(*call), None
+    if key is not None:
+        try: known = _decided.get(key)
+        except TypeError: key = None # symbols are no keys
+    p, batch, ready = known or (*_decide(*call), False)
+    if ready: return p, q, k, v, attn_mask
+    folded = _fold(q, batch, p.Hq), _fold(k, batch, p.Hkv), _fold(v, batch, p.Hkv), None if attn_mask is None else _fold_mask(attn_mask, batch)
+    if key is not None:
+        if len(_decided) >= _MOST: _decided.clear()
+        _decided[key] = p, batch, all(a is b for a, b in zip(folded, call))
+    return p, *folded
 
 # %% ../../nbs/attention/contract.ipynb #81e78a6c
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}

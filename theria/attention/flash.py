@@ -39,10 +39,10 @@ class _Hold(Function):
     def forward(o, nothing): return o.view_as(o)
 
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.dtype = inputs[1].dtype
+    def setup_context(ctx, inputs, output): ctx.like = dict(dtype=inputs[1].dtype, device=inputs[1].device)
 
     @staticmethod
-    def backward(ctx, do): return do, do.new_zeros(0, dtype=ctx.dtype)
+    def backward(ctx, do): return do, do.new_zeros(0, **ctx.like)
 
     @staticmethod
     def jvp(ctx, to, _): return to.view_as(to)

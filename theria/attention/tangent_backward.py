@@ -14,20 +14,21 @@ from torch import Tensor
 # %% ../../nbs/attention/tangent_backward.ipynb #b9681543
 from . import tuning
 from .backward import query_range, store_bias_tile
-from .forward import bias_kind, bias_strides, dropout, key_range, padded, place, precision, scale_log2
-from .jvp import add_bias_tangent, jvp, pair, pair_tangent, shapes_of, strides3
+from .forward import bias_kind, bias_strides, carries, dropout, key_range, padded, place, precision, scale_log2, shapes_of
+from .hull import hide_outside, hull, hull_range, hull_strides, worth_a_hull
+from .jvp import add_bias_tangent, jvp, pair, pair_tangent, strides3
 from .launch import Launch, hold, plan_laid_out, planned
 from .reference import Grads
-from .tiles import dot, factor, hide_and_bias, keep, load_lse2, load_tile, seed_of, store_tile
+from .tiles import dot, factor, hide_and_bias, keep, load_lse2, load_tile, row_dot, seed_of, store_tile
 
 # %% ../../nbs/attention/tangent_backward.ipynb #c590d5d6
 @triton.jit
-def four(x, tx, u, tu, y, ty, w, tw, L2, i, j, biases, drop, numbers, BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
+def four(x, tx, u, tu, y, ty, w, tw, L2, i, j, streamed, biases, drop, numbers, BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     "P, T, A and G of @eq-four, and Z"
     p_bias, bias_i, bias_j, p_tbias, tbias_i, tbias_j = biases
     seed, i_drop, threshold, keep_scale = drop
     scale, scale2, Lq, Lk = numbers
-    s = hide_and_bias(pair(x, y, PRECISION), i, j, p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, EDGE)
+    s = hide_outside(pair(x, y, PRECISION), i, j, streamed[0], streamed[1], y.shape[0], p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, EDGE)
     p = tl.exp2(s*factor(scale2, BIAS) - L2)
     t = add_bias_tangent(pair_tangent(x, tx, y, ty, PRECISION)*scale, p_tbias, i, j, tbias_i, tbias_j, Lq, Lk)
     a, g, z = pair(u, w, PRECISION), pair_tangent(u, tu, w, tw, PRECISION), 1.
@@ -37,10 +38,10 @@ def four(x, tx, u, tu, y, ty, w, tw, L2, i, j, biases, drop, numbers, BIAS: tl.c
     return p, t, a, g, z
 
 @triton.jit
-def tile(x, tx, u, tu, y, ty, w, tw, rows, i, j, biases, drop, numbers, BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
+def tile(x, tx, u, tu, y, ty, w, tw, rows, i, j, streamed, biases, drop, numbers, BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     "dS, E, P_Z and W_Z of @eq-three"
     L2, r, delta, tdelta = rows
-    p, t, a, g, z = four(x, tx, u, tu, y, ty, w, tw, L2, i, j, biases, drop, numbers, BIAS, CAUSAL, DROP, EDGE, PRECISION)
+    p, t, a, g, z = four(x, tx, u, tu, y, ty, w, tw, L2, i, j, streamed, biases, drop, numbers, BIAS, CAUSAL, DROP, EDGE, PRECISION)
     w, centered = p*(t - r), a - delta
     return p*centered, w*centered + p*(g - tdelta), p*z, w*z
 
@@ -58,7 +59,7 @@ def load_other(p, stride, j0, n, Lk, D: tl.constexpr, BD: tl.constexpr, EDGE: tl
     return load_tile(p + tl.cast(j0, tl.int64)*stride, n, tl.arange(0, BD), stride, Lk - j0, D, EDGE, D < BD)
 
 @triton.jit
-def _walk_keys(g, q, tq, do, tdo, rows, i, keys, biases, drop, numbers, lo, hi,
+def _walk_keys(g, q, tq, do, tdo, rows, i, keys, biases, drop, numbers, lo, hi, core,
                D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
                BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     n = tl.arange(0, BN)
@@ -68,17 +69,17 @@ def _walk_keys(g, q, tq, do, tdo, rows, i, keys, biases, drop, numbers, lo, hi,
         if keys[4] is not None: tk = load_other(keys[4], keys[5], j0, n, numbers[3], D, BD, EDGE)
         tv = keys[6]
         if keys[6] is not None: tv = load_other(keys[6], keys[7], j0, n, numbers[3], DV, BDV, EDGE)
-        ds, e, _, _ = tile(q, tq, do, tdo, k, tk, v, tv, rows, i, (j0 + n)[None, :], biases, drop, numbers, BIAS, CAUSAL, DROP, EDGE, PRECISION)
+        ds, e, _, _ = tile(q, tq, do, tdo, k, tk, v, tv, rows, i, (j0 + n)[None, :], (j0, core), biases, drop, numbers, BIAS, CAUSAL, DROP, EDGE, PRECISION)
         g = dot(e.to(k.dtype), k, g, PRECISION)
         if tk is not None: g = dot(ds.to(tk.dtype), tk, g, PRECISION)
     return g
 
 # %% ../../nbs/attention/tangent_backward.ipynb #18e51667
 @triton.jit
-def _tangent_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_tq, p_tk, p_tv, p_tbias, p_tdo, p_tdL, p_to, p_r, p_g, p_delta, p_tdelta,
+def _tangent_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_tq, p_tk, p_tv, p_tbias, p_tdo, p_tdL, p_to, p_r, p_g, p_delta, p_tdelta, p_hull,
                q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, do_b, do_h, do_l,
                tq_b, tq_h, tq_l, tk_b, tk_h, tk_l, tv_b, tv_h, tv_l, tdo_b, tdo_h, tdo_l, to_b, to_h, to_l, g_b, g_h, g_l,
-               bias_b, bias_h, bias_i, bias_j, tbias_b, tbias_h, tbias_i, tbias_j,
+               bias_b, bias_h, bias_i, bias_j, tbias_b, tbias_h, tbias_i, tbias_j, hull_b, hull_h, hull_u,
                Hq, G, Lq, Lk, scale, scale2, part, threshold, keep_scale,
                D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr):
@@ -94,8 +95,8 @@ def _tangent_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_tq, p_tk, 
     if p_tdo is not None: tdo = load_tile(p_tdo + i_b*tdo_b + i_h*tdo_h + first*tdo_l, m, dv, tdo_l, Lq - i0, DV, True, DV < BDV)
     o = load_tile(p_o + i_b*o_b + i_h*o_h + first*o_l, m, dv, o_l, Lq - i0, DV, True, DV < BDV).to(tl.float32)
     to = load_tile(p_to + i_b*to_b + i_h*to_h + first*to_l, m, dv, to_l, Lq - i0, DV, True, DV < BDV).to(tl.float32)
-    delta, tdelta = tl.sum(do.to(tl.float32)*o, 1), tl.sum(do.to(tl.float32)*to, 1)
-    if p_tdo is not None: tdelta += tl.sum(tdo.to(tl.float32)*o, 1)
+    delta, tdelta = row_dot(do, o), row_dot(do, to)
+    if p_tdo is not None: tdelta += row_dot(tdo, o)
     if p_dL is not None: delta -= tl.load(p_dL + row + m, mask=inside, other=0.)
     if p_tdL is not None: tdelta -= tl.load(p_tdL + row + m, mask=inside, other=0.)
     tl.store(p_delta + row + m, delta, mask=inside)
@@ -111,15 +112,19 @@ def _tangent_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_tq, p_tk, 
     seed, i_drop = seed_of(p_seed, i_b, i_h, part, Hq, DROP)
     drop, numbers = (seed, i_drop, threshold, keep_scale), (scale, scale2, Lq, Lk)
     i = (i0 + m)[:, None]
-    full, end = key_range(i0, Lk, BM, BN, CAUSAL)
     g = tl.zeros([BM, BD], tl.float32)
-    g = _walk_keys(g, q, tq, do, tdo, rows, i, keys, biases, drop, numbers, 0, full, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, False, PRECISION)
-    if full < end: g = _walk_keys(g, q, tq, do, tdo, rows, i, keys, biases, drop, numbers, full, end, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
+    if p_hull is None:
+        full, end = key_range(i0, Lk, BM, BN, CAUSAL)
+        g = _walk_keys(g, q, tq, do, tdo, rows, i, keys, biases, drop, numbers, 0, full, None, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, False, PRECISION)
+        if full < end: g = _walk_keys(g, q, tq, do, tdo, rows, i, keys, biases, drop, numbers, full, end, None, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
+    else:
+        lo, hi, core = hull_range(p_hull, (hull_b, hull_h, hull_u), i_b, i_h, i0, Lq, BM, BN)
+        if lo < hi: g = _walk_keys(g, q, tq, do, tdo, rows, i, keys, biases, drop, numbers, lo, hi, core, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
     store_tile(p_g + i_b*g_b + i_h*g_h + first*g_l, g*scale, m, d, g_l, Lq - i0, D)
 
 # %% ../../nbs/attention/tangent_backward.ipynb #7d578b5f
 @triton.jit
-def _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers, lo, hi,
+def _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers, lo, hi, core,
                   D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
                   BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr):
     p_q, q_l, p_do, do_l, p_tq, tq_l, p_tdo, tdo_l = queries
@@ -136,7 +141,7 @@ def _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers
         L2, r = load_lse2(p_L + i0, m, Lq - i0), tl.load(p_r + i0 + m, mask=inside, other=0.)
         delta, tdelta = tl.load(p_delta + i0 + m, mask=inside, other=0.), tl.load(p_tdelta + i0 + m, mask=inside, other=0.)
         rows = L2[None, :], r[None, :], delta[None, :], tdelta[None, :]
-        ds, e, p, w = tile(k, tk, v, tv, q, tq, do, tdo, rows, (i0 + m)[None, :], j, biases, drop, numbers, BIAS, CAUSAL, DROP, DIAGONAL, PRECISION)
+        ds, e, p, w = tile(k, tk, v, tv, q, tq, do, tdo, rows, (i0 + m)[None, :], j, (i0, core), biases, drop, numbers, BIAS, CAUSAL, DROP, DIAGONAL, PRECISION)
         gv = dot(w.to(do.dtype), do, gv, PRECISION)
         if p_tdo is not None: gv = dot(p.to(tdo.dtype), tdo, gv, PRECISION)
         gk = dot(e.to(q.dtype), q, gk, PRECISION)
@@ -145,10 +150,10 @@ def _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers
 
 # %% ../../nbs/attention/tangent_backward.ipynb #d2c8d157
 @triton.jit
-def _tangent_kv(p_q, p_k, p_v, p_bias, p_seed, p_L, p_do, p_tq, p_tk, p_tv, p_tbias, p_tdo, p_r, p_delta, p_tdelta, p_gk, p_gv,
+def _tangent_kv(p_q, p_k, p_v, p_bias, p_seed, p_L, p_do, p_tq, p_tk, p_tv, p_tbias, p_tdo, p_r, p_delta, p_tdelta, p_gk, p_gv, p_hull,
                 q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, do_b, do_h, do_l,
                 tq_b, tq_h, tq_l, tk_b, tk_h, tk_l, tv_b, tv_h, tv_l, tdo_b, tdo_h, tdo_l, gk_b, gk_h, gk_l, gv_b, gv_h, gv_l,
-                bias_b, bias_h, bias_i, bias_j, tbias_b, tbias_h, tbias_i, tbias_j,
+                bias_b, bias_h, bias_i, bias_j, tbias_b, tbias_h, tbias_i, tbias_j, hull_b, hull_h, hull_u,
                 Hkv, G, Lq, Lk, scale, scale2, part, threshold, keep_scale,
                 D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                 BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr):
@@ -180,8 +185,12 @@ def _tangent_kv(p_q, p_k, p_v, p_bias, p_seed, p_L, p_do, p_tq, p_tk, p_tv, p_tb
         queries = p_q + i_b*q_b + i_h*q_h, q_l, p_do + i_b*do_b + i_h*do_h, do_l, h_tq, tq_l, h_tdo, tdo_l
         stats = p_L + row, p_r + row, p_delta + row, p_tdelta + row
         biases, drop = (h_bias, bias_i, bias_j, h_tbias, tbias_i, tbias_j), (seed, i_drop, threshold, keep_scale)
-        if CAUSAL: gk, gv = _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers, low, full, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, True, PRECISION)
-        gk, gv = _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers, full, Lq, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, False, PRECISION)
+        if p_hull is None:
+            if CAUSAL: gk, gv = _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers, low, full, None, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, True, PRECISION)
+            gk, gv = _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers, full, Lq, None, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, False, PRECISION)
+        else:
+            lo, hi, core = hull_range(p_hull, (hull_b, hull_h, hull_u), i_b, i_h, j0, Lk, BN, BM)
+            gk, gv = _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers, lo, hi, core, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, False, PRECISION)
     store_tile(p_gk + i_b*gk_b + i_hk*gk_h + start*gk_l, gk*scale, n, d, gk_l, Lk - j0, D)
     store_tile(p_gv + i_b*gv_b + i_hk*gv_h + start*gv_l, gv, n, dv, gv_l, Lk - j0, DV)
 
@@ -230,7 +239,7 @@ def _tangent_bias(p_q, p_k, p_v, p_bias, p_seed, p_L, p_do, p_tq, p_tk, p_tv, p_
                     if keys[4] is not None: tk = load_other(keys[4], keys[5], j0, n, Lk, D, BD, True)
                     tv = keys[6]
                     if keys[6] is not None: tv = load_other(keys[6], keys[7], j0, n, Lk, DV, BDV, True)
-                    _, e, _, _ = tile(q, tq, do, tdo, k, tk, v, tv, rows, (i0 + m)[:, None], (j0 + n)[None, :], biases, drop, numbers, 2, CAUSAL, DROP, True, PRECISION)
+                    _, e, _, _ = tile(q, tq, do, tdo, k, tk, v, tv, rows, (i0 + m)[:, None], (j0 + n)[None, :], (j0, None), biases, drop, numbers, 2, CAUSAL, DROP, True, PRECISION)
                     total += tl.where(inside[:, None], e, 0.)
     store_bias_tile(p_g + ((tl.cast(b0, tl.int64)*nh + h0)*ni + i_start)*nj + j_start, total, m, n, ni - i_start, nj - j_start, nj, SUM_I, SUM_J)
 
@@ -240,23 +249,26 @@ def _numbers(q, k, seed, scale, dropout_p): # what follows the strides: groups, 
     Hkv, Lk = k.shape[1:3]
     return Hq//Hkv, Lq, Lk, scale, scale_log2(scale), *dropout(seed, B, dropout_p)
 
-def _carries(bias, tdo): # what the table of configurations calls a problem
-    return " ".join(["bias"]*(bias is not None) + ["tdo"]*(tdo is not None))
+def _tabled(q, k, bias): # does its mask get tables?
+    return worth_a_hull(bias, q.shape[0]*q.shape[1], q.shape[2], k.shape[2])
+
+def _tables(tabled, bias, q, k): # one for queries, one for keys
+    return hull(bias, q.shape[2], k.shape[2]) if tabled else (None, None)
 
 def _after(q, k, v, bias, seed, L, do, t, tdo, scale, is_causal, dropout_p, bias_grad, config, prec):
     tq, tk, tv, tbias = t
     (B, Hq, Lq, _), (_, Hkv, Lk, Dv) = q.shape, v.shape
     common = dict(CAUSAL=is_causal, **shapes_of(q, v, dropout_p, prec))
-    biases, numbers = (*bias_strides(bias), *bias_strides(tbias)), _numbers(q, k, seed, scale, dropout_p)
+    biases, tables, numbers = (*bias_strides(bias), *bias_strides(tbias)), hull_strides(bias)[3:], _numbers(q, k, seed, scale, dropout_p)
     kv = None if config else hold("tangent_kv", (q, k, v, bias, seed, L, do, tq, tk, tv, tbias, tdo), scale, is_causal, dropout_p)
     if kv is None:
-        c = config or tuning.lookup("tangent_kv", q, Dv, Lk, is_causal, _carries(bias, tdo))
+        c = config or tuning.lookup("tangent_kv", q, Dv, Lk, is_causal, carries(bias, _tabled(q, k, bias), tdo))
         made = (torch.empty_like(x, device="meta") for x in (k, v))
-        kv = Launch(_tangent_kv, triton.cdiv(Lk, c.BN)*B*Hkv, (*strides3(q, k, v, do, tq, tk, tv, tdo, *made), *biases, Hkv, *numbers), c,
+        kv = Launch(_tangent_kv, triton.cdiv(Lk, c.BN)*B*Hkv, (*strides3(q, k, v, do, tq, tk, tv, tdo, *made), *biases, *tables, Hkv, *numbers), c,
                     BM=c.BM, BN=c.BN, BIAS=bias_kind(bias), **common)
     if not bias_grad or bias_kind(bias) != 2: return kv, None
     nb, nh, ni, nj = bias.shape
-    c = tuning.safe("tangent_q", max(padded(q.shape[3]), padded(Dv)), q.dtype.itemsize)._replace(stages=1)
+    c = tuning.bias_tile(max(padded(q.shape[3]), padded(Dv)), q.dtype.itemsize)
     return kv, Launch(_tangent_bias, nb*nh*triton.cdiv(ni, c.BM)*triton.cdiv(nj, c.BN), (
         *strides3(q, k, v, do, tq, tk, tv, tdo), *biases, B, Hq, *numbers, nb, nh, ni, nj), c, SUM_I=ni < Lq, SUM_J=nj < Lk, BM=c.BM, BN=c.BN, **common)
 
@@ -264,13 +276,13 @@ def _after(q, k, v, bias, seed, L, do, t, tdo, scale, is_causal, dropout_p, bias
 def _plan_tangent(x, scale, is_causal, dropout_p, bias_grad, config_q, config_kv, prec):
     q, k, v, bias, seed, o, L, do, dL, tq, tk, tv, tbias, tdo, tdL, to, r = x
     (B, Hq, Lq, _), (_, _, Lk, Dv) = q.shape, v.shape
-    wants_bias = bias_grad and bias_kind(bias) == 2
+    wants_bias, tabled = bias_grad and bias_kind(bias) == 2, _tabled(q, k, bias)
     if L.numel() == 0 or Lk == 0: return lambda *x: Grads(*(torch.zeros_like(y) for y in x[:3]), zeros_for(x[3]) if wants_bias else None)
     hold_q = None if config_q else hold("tangent_q", x, scale, is_causal, dropout_p)
     if hold_q is None:
-        c = config_q or tuning.lookup("tangent_q", q, Dv, Lk, is_causal, _carries(bias, tdo))
+        c = config_q or tuning.lookup("tangent_q", q, Dv, Lk, is_causal, carries(bias, _tabled(q, k, bias), tdo))
         hold_q = Launch(_tangent_q, triton.cdiv(Lq, c.BM)*B*Hq, (
-            *strides3(q, k, v, o, do, tq, tk, tv, tdo, to, torch.empty_like(q, device="meta")), *bias_strides(bias), *bias_strides(tbias),
+            *strides3(q, k, v, o, do, tq, tk, tv, tdo, to, torch.empty_like(q, device="meta")), *bias_strides(bias), *bias_strides(tbias), *hull_strides(bias)[:3],
             Hq, *_numbers(q, k, seed, scale, dropout_p)), c,
             BM=c.BM, BN=c.BN, BIAS=bias_kind(bias), CAUSAL=is_causal, **shapes_of(q, v, dropout_p, prec))
     hold_kv, hold_bias = _after(q, k, v, bias, seed, L, do, (tq, tk, tv, tbias), tdo, scale, is_causal, dropout_p, bias_grad, config_kv, prec)
@@ -278,9 +290,10 @@ def _plan_tangent(x, scale, is_causal, dropout_p, bias_grad, config_q, config_kv
         q, k, v, bias, seed, o, L, do, dL, tq, tk, tv, tbias, tdo, tdL, to, r = x
         gq, gk, gv, gbias = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), zeros_for(bias) if wants_bias else None
         delta, tdelta = torch.empty_like(L), torch.empty_like(L)
-        hold_q(*x, gq, delta, tdelta)
+        rows, cols = _tables(tabled, bias, q, k)
+        hold_q(*x, gq, delta, tdelta, rows)
         held = q, k, v, bias, seed, L, do, tq, tk, tv, tbias, tdo, r, delta, tdelta
-        hold_kv(*held, gk, gv)
+        hold_kv(*held, gk, gv, cols)
         if wants_bias and gbias.numel(): hold_bias(*held, gbias)
         return Grads(gq, gk, gv, gbias)
     return run
@@ -307,7 +320,7 @@ def tangent_backward(
 
 # %% ../../nbs/attention/tangent_backward.ipynb #3e3817dd
 @triton.jit
-def _walk_once(o, g, pk, r, q, tq, do, L2, delta, i, keys, biases, drop, numbers, lo, hi,
+def _walk_once(o, g, pk, r, q, tq, do, L2, delta, i, keys, biases, drop, numbers, lo, hi, core,
                D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
                BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     n = tl.arange(0, BN)
@@ -317,12 +330,12 @@ def _walk_once(o, g, pk, r, q, tq, do, L2, delta, i, keys, biases, drop, numbers
         if keys[4] is not None: tk = load_other(keys[4], keys[5], j0, n, numbers[3], D, BD, EDGE)
         tv = keys[6]
         if keys[6] is not None: tv = load_other(keys[6], keys[7], j0, n, numbers[3], DV, BDV, EDGE)
-        p, t, a, y, z = four(q, tq, do, None, k, tk, v, tv, L2[:, None], i, (j0 + n)[None, :], biases, drop, numbers, BIAS, CAUSAL, DROP, EDGE, PRECISION)
+        p, t, a, y, z = four(q, tq, do, None, k, tk, v, tv, L2[:, None], i, (j0 + n)[None, :], (j0, core), biases, drop, numbers, BIAS, CAUSAL, DROP, EDGE, PRECISION)
         centered = a - delta[:, None]
         y *= p
         if tq is not None or tk is not None or biases[3] is not None:
             pt = p*t
-            r += tl.sum(pt, 1)
+            r += tl.sum(pt + 0., 1)
             y += pt*centered
             o = dot((pt*z).to(v.dtype), v, o, PRECISION)
         g = dot(y.to(k.dtype), k, g, PRECISION)
@@ -333,10 +346,10 @@ def _walk_once(o, g, pk, r, q, tq, do, L2, delta, i, keys, biases, drop, numbers
 
 # %% ../../nbs/attention/tangent_backward.ipynb #ade6a368
 @triton.jit
-def _double_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_dq, p_tq, p_tk, p_tv, p_tbias, p_to, p_r, p_g, p_delta, p_tdelta,
+def _double_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_dq, p_tq, p_tk, p_tv, p_tbias, p_to, p_r, p_g, p_delta, p_tdelta, p_hull,
               q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, do_b, do_h, do_l, dq_b, dq_h, dq_l,
               tq_b, tq_h, tq_l, tk_b, tk_h, tk_l, tv_b, tv_h, tv_l, to_b, to_h, to_l, g_b, g_h, g_l,
-              bias_b, bias_h, bias_i, bias_j, tbias_b, tbias_h, tbias_i, tbias_j,
+              bias_b, bias_h, bias_i, bias_j, tbias_b, tbias_h, tbias_i, tbias_j, hull_b, hull_h, hull_u,
               Hq, G, Lq, Lk, scale, scale2, part, threshold, keep_scale,
               D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
               BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr):
@@ -350,7 +363,7 @@ def _double_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_dq, p_tq, p
     tq = p_tq
     if p_tq is not None: tq = load_tile(p_tq + i_b*tq_b + i_h*tq_h + first*tq_l, m, d, tq_l, Lq - i0, D, True, D < BD)
     p_o += i_b*o_b + i_h*o_h + first*o_l
-    delta = tl.sum(do.to(tl.float32)*load_tile(p_o, m, dv, o_l, Lq - i0, DV, True, DV < BDV).to(tl.float32), 1)
+    delta = row_dot(do, load_tile(p_o, m, dv, o_l, Lq - i0, DV, True, DV < BDV))
     if p_dL is not None: delta -= tl.load(p_dL + row + m, mask=inside, other=0.)
     tl.store(p_delta + row + m, delta, mask=inside)
     L2 = load_lse2(p_L + row, m, Lq - i0)
@@ -363,14 +376,18 @@ def _double_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_dq, p_tq, p
     seed, i_drop = seed_of(p_seed, i_b, i_h, part, Hq, DROP)
     drop, numbers = (seed, i_drop, threshold, keep_scale), (scale, scale2, Lq, Lk)
     i = (i0 + m)[:, None]
-    full, end = key_range(i0, Lk, BM, BN, CAUSAL)
     to, g, pk, r = tl.zeros([BM, BDV], tl.float32), tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BD], tl.float32), tl.zeros([BM], tl.float32)
-    to, g, pk, r = _walk_once(to, g, pk, r, q, tq, do, L2, delta, i, keys, biases, drop, numbers, 0, full, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, False, PRECISION)
-    if full < end:
-        to, g, pk, r = _walk_once(to, g, pk, r, q, tq, do, L2, delta, i, keys, biases, drop, numbers, full, end, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
+    if p_hull is None:
+        full, end = key_range(i0, Lk, BM, BN, CAUSAL)
+        to, g, pk, r = _walk_once(to, g, pk, r, q, tq, do, L2, delta, i, keys, biases, drop, numbers, 0, full, None, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, False, PRECISION)
+        if full < end:
+            to, g, pk, r = _walk_once(to, g, pk, r, q, tq, do, L2, delta, i, keys, biases, drop, numbers, full, end, None, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
+    else:
+        lo, hi, core = hull_range(p_hull, (hull_b, hull_h, hull_u), i_b, i_h, i0, Lq, BM, BN)
+        if lo < hi: to, g, pk, r = _walk_once(to, g, pk, r, q, tq, do, L2, delta, i, keys, biases, drop, numbers, lo, hi, core, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
     to -= r[:, None]*load_tile(p_o, m, dv, o_l, Lq - i0, DV, True, DV < BDV).to(tl.float32)
     do = load_tile(p_do + i_b*do_b + i_h*do_h + first*do_l, m, dv, do_l, Lq - i0, DV, True, DV < BDV)
-    tdelta = tl.sum(do.to(tl.float32)*to, 1)
+    tdelta = row_dot(do, to)
     tl.store(p_r + row + m, r, mask=inside)
     tl.store(p_tdelta + row + m, tdelta, mask=inside)
     store_tile(p_to + i_b*to_b + i_h*to_h + first*to_l, to, m, dv, to_l, Lq - i0, DV)
@@ -381,19 +398,20 @@ def _double_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_dq, p_tq, p
 # %% ../../nbs/attention/tangent_backward.ipynb #26d0c704
 def _plan_double(x, scale, is_causal, dropout_p, bias_grad, c, config_kv, prec):
     q, k, v, bias, seed, o, L, do, dL, dq, tq, tk, tv, tbias = x
-    B, Hq, Lq, _ = q.shape
+    (B, Hq, Lq, _), tabled = q.shape, _tabled(q, k, bias)
     made = torch.empty_like(o, memory_format=torch.contiguous_format, device="meta"), torch.empty_like(q, device="meta")
     hold_q = hold("double_q", x, scale, is_causal, dropout_p) or Launch(_double_q, triton.cdiv(Lq, c.BM)*B*Hq, (
-        *strides3(q, k, v, o, do, dq, tq, tk, tv, *made), *bias_strides(bias), *bias_strides(tbias), Hq, *_numbers(q, k, seed, scale, dropout_p)), c,
+        *strides3(q, k, v, o, do, dq, tq, tk, tv, *made), *bias_strides(bias), *bias_strides(tbias), *hull_strides(bias)[:3], Hq, *_numbers(q, k, seed, scale, dropout_p)), c,
         BM=c.BM, BN=c.BN, BIAS=bias_kind(bias), CAUSAL=is_causal, **shapes_of(q, v, dropout_p, prec))
     hold_kv, hold_bias = _after(q, k, v, bias, seed, L, do, (tq, tk, tv, tbias), None, scale, is_causal, dropout_p, bias_grad, config_kv, prec)
     def run(*x):
         q, k, v, bias, seed, o, L, do, dL, dq, tq, tk, tv, tbias = x
         to, r, delta, tdelta = torch.empty_like(o, memory_format=torch.contiguous_format), torch.empty_like(L), torch.empty_like(L), torch.empty_like(L)
         gq, gk, gv, gbias = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None if hold_bias is None else zeros_for(bias)
-        hold_q(*x, to, r, gq, delta, tdelta)
+        rows, cols = _tables(tabled, bias, q, k)
+        hold_q(*x, to, r, gq, delta, tdelta, rows)
         held = q, k, v, bias, seed, L, do, tq, tk, tv, tbias, None, r, delta, tdelta
-        hold_kv(*held, gk, gv)
+        hold_kv(*held, gk, gv, cols)
         if hold_bias is not None and gbias.numel(): hold_bias(*held, gbias)
         return Grads(gq, gk, gv, gbias), to, r
     return run
@@ -410,9 +428,11 @@ def _plan_three(x, *options): # jvp, then the tangent of the backward
 _planned_two = plan_laid_out(_plan_double, (3, 13))
 
 def _plan_either(x, scale, is_causal, dropout_p, bias_grad, config_q, config_kv, prec):
+    one_tile = None if config_q or config_kv else hold("double", x, scale, is_causal, dropout_p, bias_grad)
+    if one_tile is not None: return one_tile
     q, v, bias, L = x[0], x[2], x[3], x[6]
     measured = q.shape[3] == v.shape[3] == 64 and q.dtype.itemsize == 2 # the only case in which two passes are known to win
-    c = config_q or (tuning.lookup("double_q", q, v.shape[3], v.shape[2], is_causal, _carries(bias, None)) if measured else None)
+    c = config_q or (tuning.lookup("double_q", q, v.shape[3], v.shape[2], is_causal, carries(bias, _tabled(q, x[1], bias))) if measured else None)
     if c is None or L.numel() == 0 or v.shape[2] == 0: return _plan_three(x, scale, is_causal, dropout_p, bias_grad, None, config_kv, prec)
     return _planned_two(x, scale, is_causal, dropout_p, bias_grad, c, config_kv, prec)
 

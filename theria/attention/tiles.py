@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INTERPRET', 'LOG2E', 'LN2', 'NO_BIAS', 'BOOL_BIAS', 'ADD_BIAS', 'merge', 'dot', 'load_tile', 'store_tile',
-           'hide_and_bias', 'factor', 'online_softmax', 'load_lse2', 'keep', 'seed_of', 'keep_threshold',
+           'hide_and_bias', 'factor', 'online_softmax', 'load_lse2', 'row_dot', 'keep', 'seed_of', 'keep_threshold',
            'dropout_mask']
 
 # %% ../../nbs/attention/tiles.ipynb #fcc3726f
@@ -85,6 +85,12 @@ def load_lse2(p_L, rows, Lq):
     "L in base 2 for the exponent p = 2^(c x - L); a row that saw no key gets 0, since its x are all -inf"
     L = tl.load(p_L + rows, mask=rows < Lq, other=0.)
     return tl.where(L == float("-inf"), 0., L*LOG2E)
+
+# %% ../../nbs/attention/tiles.ipynb #26bf26a7
+@triton.jit
+def row_dot(a, b):
+    "Σ over the columns of a∘b in fp32, with the same bits in every copy"
+    return tl.sum(a.to(tl.float32)*b.to(tl.float32) + 0., 1)
 
 # %% ../../nbs/attention/tiles.ipynb #b0d975c7
 @triton.jit
