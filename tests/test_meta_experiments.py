@@ -34,13 +34,17 @@ def test_nothing_is_computed_twice(tmp_path):
     assert len(run_experiments("robustness", out=tmp_path, **CPU)["robustness"]) == 12 and (tmp_path/"meta-robustness-cpu.json").read_text() == before
 
 
-def test_every_plan_has_different_rows_that_start_with_both_attentions(tmp_path):
+def test_every_plan_has_different_rows_that_start_with_both_attentions(tmp_path, monkeypatch):
     from theria.records import identity
-    for preset in ("quick", "full"):
-        place = Place(preset, torch.device("cpu"), "reference")
+    ahead = []
+    monkeypatch.setattr("theria.meta.experiments.call_ahead", lambda jobs, device, processes: ahead.extend(jobs))
+    for preset, device in (("quick", "cpu"), ("full", "cpu"), ("full", "cuda")):
+        place = Place(preset, torch.device(device), "reference" if device == "cpu" else "triton_full_fused")
         for name, e in EXPERIMENTS.items():
             units = e.plan(place, tmp_path)
-            assert len({identity(u.key) for u in units}) == len(units) > 5 and all(u.weight > 0 for u in units), name
+            assert len({identity(u.key) for u in units}) == len(units) > 2 and all(u.weight > 0 for u in units), name
+            if device == "cpu": assert not ahead
+    assert {(str(c.torch_dtype), c.D, c.window > 0) for c, _, _ in ahead} >= {("torch.bfloat16", 64, False), ("torch.bfloat16", 64, True), ("torch.float16", 128, False), ("torch.float32", 32, False)}
     first = [u.key for u in EXPERIMENTS["cost"].plan(Place("full", torch.device("cpu"), "reference"), tmp_path)][:2]
     assert [(k["estimator"], k["attention"], k["T"]) for k in first] == [("full", "theria", 256), ("full", "math", 256)]
 
@@ -49,6 +53,20 @@ def test_a_failure_is_a_row():
     def broken(q, k, v, **kw): raise RuntimeError("no such kernel at /somewhere/else")
     row = measure_step(Step(8, 1, 2, H=1, D=4, dtype="float32"), "full", broken, torch.device("cpu"))
     assert row["failure"].startswith("RuntimeError: no such kernel") and row["p50"] is None and "/somewhere" not in row["failure"]
+
+
+@pytest.mark.parametrize("device,backend", [("cpu", "reference"), pytest.param("cuda", "triton_full_fused", marks=pytest.mark.gpu)])
+def test_a_run_of_behavior_that_fails_is_a_row_and_the_next_goes_on(tmp_path, monkeypatch, device, backend):
+    import theria.meta.experiments as experiments
+    from theria.meta.safety import MamlRun
+    tiny = dict(data="digits", steps=3, tasks=2, queries=2, test_tasks=4, n_layers=1, d_model=16, learn_lr=True)
+    runs = [MamlRun(**tiny, inner_lr=1e30), *(MamlRun(**tiny, estimator=e) for e in ("full", "fo", "anil"))]
+    monkeypatch.setattr(experiments, "_behavior_runs", lambda place: runs)
+    rows = run_experiments("behavior", out=tmp_path, device=device, backend=backend, progress=False)["behavior"].rows()
+    assert [r["estimator"] for r in rows[:4]] == ["full", "full", "fo", "anil"]
+    assert "Diverged" in rows[0]["failure"] and rows[0]["score"] is None
+    assert all(r["failure"] is None and len(r["history"]) == 3 and 0 <= r["score"] <= 1 for r in rows[1:4]) and not list(tmp_path.glob("*.state"))
+    assert {n for n, a in rows[3]["rates"].items() if a != tiny.get("inner_lr", .2)} == {"head.weight", "head.bias"}
 
 
 @pytest.mark.parametrize("dtype,limit", [("float32", 1e-5), ("bfloat16", .2)])
@@ -60,9 +78,11 @@ def test_estimators_of_the_same_number_have_its_error(dtype, limit):
 
 def test_results_prefer_a_gpu_and_the_latest_row(tmp_path):
     for tag, score in (("cpu", 1), ("h200", 2), ("h200", 3)):
-        Record(tmp_path/f"meta-bias-{tag}.json", dict(device=tag, source=score, preset="quick")).add({"K": 1}, {"error": score})
+        Record(tmp_path/f"meta-bias-{tag}.json", dict(device=tag, source=str(score), preset="quick")).add({"K": 1}, {"error": score})
     assert result_file("bias", tmp_path).name == "meta-bias-h200.json" and result_file("bias", tmp_path, "cpu").name == "meta-bias-cpu.json"
     assert [r["error"] for r in results("bias", tmp_path)[0]] == [3]
+    for preset, part, K in (("quick", "a", 1), ("quick", "b", 2), ("full", "b", 3)): Record(tmp_path/"meta-ttt-cpu.json", dict(device="cpu", source="x", preset=preset)).add(dict(part=part, K=K), {"error": 0.})
+    assert [(r["preset"], r["part"], r["K"]) for r in results("ttt", tmp_path)[0]] == [("quick", "a", 1), ("full", "b", 3)]
     with pytest.raises(ContractError, match="--only cost"): results("cost", tmp_path)
     assert device_tag("NVIDIA H100 80GB HBM3", torch.device("cuda")) == "h100"
 

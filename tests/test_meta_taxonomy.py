@@ -76,3 +76,106 @@ def test_explain_speaks_of_what_an_audit_found():
     f = kernel("delta")
     assert "rowsum(do∘o)" in explain(f, audit(f, derivatives=("grad", "grad of grad")))
     assert explain(kernel(), QUICK) == ""
+
+
+# Patients that are broken in ways of their own, as their authors might have written them.
+
+def softmax_attention(q, k, v): return torch.softmax(q @ k.mT*q.shape[-1]**-.5, -1) @ v
+
+
+def beside_autograd(lost):
+    "A backward that calls a kernel for one of its gradients."
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            ctx.save_for_backward(q, k, v)
+            return softmax_attention(q, k, v)
+
+        @staticmethod
+        def backward(ctx, do):
+            q, k, v = ctx.saved_tensors
+            p = torch.softmax(q @ k.mT*q.shape[-1]**-.5, -1)
+            dp = do @ v.mT
+            ds = p*(dp - (p*dp).sum(-1, keepdim=True))*q.shape[-1]**-.5
+            grads = dict(dq=ds @ k, dk=ds.mT @ q, dv=p.mT @ do)
+            return tuple(g.detach() if n in lost else g for n, g in grads.items())
+    return Fused.apply
+
+
+@pytest.mark.parametrize("lost,words", [(("dv",), "its gradient of the values"), (("dq",), "its gradient of the queries"), (("dk", "dv"), "its gradient of the keys and its gradient of the values")])
+def test_a_gradient_that_a_kernel_computes_is_named(lost, words):
+    d = diagnose(beside_autograd(lost), found=QUICK)
+    assert d.suspect == Suspect("backward", lost) and (d.first, d.second) == ("exact", "wrong") and f"It treats {words} as" in d.says
+
+
+class Poisoned(torch.autograd.Function):
+    "Zero, with a gradient of NaN."
+    @staticmethod
+    def forward(ctx, x): return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, g): return g*torch.nan
+
+
+@pytest.mark.parametrize("more,first", [(lambda q: (q - q.detach()).abs().pow(1.5), "exact"), (Poisoned.apply, "wrong")], ids=["infinite in the second", "nan in both"])
+def test_a_derivative_that_is_not_finite_is_no_cut_and_not_right(more, first):
+    d = diagnose(lambda q, k, v: softmax_attention(q, k, v) + more(q), found=QUICK)
+    assert d.suspect is None and (d.first, d.second) == (first, "wrong") and "it is not finite" in d.says
+
+
+def test_one_head_that_is_wrong_is_enough_and_gets_no_false_name():
+    def heads(q, k, v): return torch.cat([softmax_attention(q[:, :1], k[:, :1], v[:, :1]), beside_autograd(("dq", "dk", "dv"))(q[:, 1:], k[:, 1:], v[:, 1:])], 1)
+    d = diagnose(heads)
+    assert (d.verdict, d.first, d.second, d.manner, d.suspect) == ("unsafe", "exact", "wrong", "depends", None) and "no cut of two quantities explains" in d.says
+
+
+def test_another_function_is_said_to_be_one():
+    for f in (lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v, lambda q, k, v: torch.softmax((q @ k.mT*q.shape[-1]**-.5).masked_fill(torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1), -torch.inf), -1) @ v):
+        d = diagnose(f)
+        assert (d.verdict, d.suspect) == ("unsafe", None) and "Its value is not that of attention" in d.says and "cut" not in d.says
+
+
+def test_a_print_that_is_exact_does_not_hide_what_the_audit_found_elsewhere():
+    class Forward(torch.autograd.Function):
+        "Right in reverse mode, twice; its forward mode has forgotten the keys."
+        @staticmethod
+        def forward(q, k, v): return softmax_attention(q, k, v)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, do):
+            with torch.enable_grad():
+                x = [t if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
+                return torch.autograd.grad(softmax_attention(*x), x, do, create_graph=True)
+
+        @staticmethod
+        def jvp(ctx, tq, tk, tv): return torch.func.jvp(lambda q, v: softmax_attention(q, ctx.saved_tensors[1], v), (ctx.saved_tensors[0], ctx.saved_tensors[2]), (tq, tv))[1]
+
+    def long(q, k, v): return (softmax_attention if k.shape[-2] <= draw_point()[1].shape[-2] else beside_autograd(("dq", "dk", "dv")))(q, k, v)
+    for f, names in ((Forward.apply, "jvp"), (long, "grad of grad")):
+        a = audit(f)
+        d = diagnose(f, found=a)
+        assert a.verdict == d.verdict == "unsafe" and (d.first, d.second) == ("exact", "exact"), names
+        assert "where its print was taken, and not everywhere: silently wrong: " in d.says and names in d.says
+
+
+def test_what_only_looks_broken_is_acquitted():
+    from torch.utils.checkpoint import checkpoint
+    def shifted(q, k, v): # the maximum is a constant, and rightly so: the softmax does not depend on it
+        s = q @ k.mT*q.shape[-1]**-.5
+        e = (s - s.amax(-1, keepdim=True).detach()).exp()
+        return e @ v/e.sum(-1, keepdim=True)
+    again = lambda q, k, v: checkpoint(softmax_attention, q, k, v, use_reentrant=False)
+    for f in (shifted, again):
+        d = diagnose(f)
+        assert (d.first, d.second, d.suspect) == ("exact", "exact", Suspect("", ())) and d.verdict != "unsafe"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_judged_by_the_audit_alone(dtype):
+    d = diagnose(beside_autograd(("dq", "dk", "dv")), dtype=dtype)
+    assert (d.verdict, d.first, d.second, d.manner, d.suspect) == ("unsafe", "exact", "wrong", "depends", None) and "only the audit speaks" in d.says

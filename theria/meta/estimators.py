@@ -69,10 +69,10 @@ def _transposed(loss_fn, way, params, path, batch, total, alpha, also, momentum,
         gamma = {}
         for n, b in after.velocity.items():
             lam = total.get(n)
-            if lam is None: lam = torch.zeros_like(b)
-            rate.take({n: -(lam*b)})
+            if lam is None: lam = torch.zeros_like(before.params[n])
+            if b is not None: rate.take({n: -(lam*b)})
             gamma[n] = beta[n] - alpha[n]*lam if n in beta else -alpha[n]*lam
-            beta[n] = momentum*gamma[n]
+            if momentum: beta[n] = momentum*gamma[n]
         at = loose(before.params)
         total.take(WAYS_OF_HVP[way](loss_fn, at, {**at, **also, **captured}, batch, gamma))
         if prox: total.take({m: x for n, g in gamma.items() for m, x in ((n, prox*g), (f"θ_0: {n}", -prox*g))})
@@ -98,7 +98,9 @@ def _missing(names, found, unused):
 def _by_hand(way, loss_fn, params, support, query, *, also, **inner):
     _check_adapt(params, inner["steps"], False, *(inner[n] for n in ("momentum", "prox", "only")))
     fixed = {**inner, "lr": {n: a.detach() if isinstance(a, Tensor) else a for n, a in rates(inner["lr"], params).items()}}
-    path = [s._replace(params={n: p.detach() for n, p in s.params.items()}) for s in states(loss_fn, params, support, **fixed)]
+    learned = learned_rates(inner["lr"], params)
+    path = [s._replace(params={n: p.detach() for n, p in s.params.items()}, velocity={n: b if n in learned else None for n, b in s.velocity.items()})
+            for s in states(loss_fn, params, support, **fixed)]
     at = loose(path[-1].params)
     loss, total = loss_fn(at, query), _Sum()
     total.take(gradient(loss, {**at, **also, **{f"θ_0: {n}": p for n, p in params.items()}}, unused="keep"))

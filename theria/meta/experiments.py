@@ -87,20 +87,28 @@ def result_file(
 
 def results(
     name:str, folder:Path|str|None=None, tag:str="", # as in `result_file`
-) -> tuple[list[dict], dict]: # rows, the latest of each key; and the provenance of the last of them
+) -> tuple[list[dict], dict]: # rows, the latest of each key, and of a part that has rows of the full preset those only; and the provenance of the last of them
     "What is known of an experiment."
     path = result_file(name, folder, tag)
     if path is None: raise ContractError(f"got no result file of {name}; accepted is one of `theria contract --only {name}`: run that.")
     record = Record(path)
     rows = list(record.all_rows.values())
-    latest = {identity([record.sessions[r["session"]]["run"]["device"], r["key"]]): r for r in rows}
-    return [{**record.sessions[r["session"]]["run"], **r["key"], **r["value"]} for r in latest.values()], record.sessions[rows[-1]["session"]]["provenance"]
+    run = lambda r: record.sessions[r["session"]]["run"]
+    full = {r["key"].get("part") for r in rows if run(r)["preset"] == "full"}
+    rows = [r for r in rows if run(r)["preset"] == "full" or r["key"].get("part") not in full]
+    latest = {identity([run(r)["device"], r["key"]]): r for r in rows}
+    return [{**run(r), **r["key"], **r["value"]} for r in latest.values()], record.sessions[rows[-1]["session"]]["provenance"]
 
 # %% ../../nbs/meta/experiments.ipynb #c9b138cb
 def _lab(place, alpha, tasks): return Lab(replace(PRESETS["quick"], lr=alpha, tasks=tasks), place.seed, place.device, place.backend)
 
-def _times(lab, name, ms):
-    e, model = _episodes(lab, "glyphs", lab.preset.tasks, lab.dtype), lab.model(lab.attention(name), lab.seed, lab.dtype)
+def _within(attention, dtype):
+    "An attention that has half precision only, in a network of another type."
+    if dtype not in (torch.float16, torch.bfloat16): return attention
+    return lambda q, k, v, **options: attention(*(x.to(dtype) for x in (q, k, v)), **options).to(q.dtype)
+
+def _times(lab, name, dtype, ms):
+    e, model = _episodes(lab, "glyphs", lab.preset.tasks, lab.dtype), lab.model(_within(lab.attention(name), dtype), lab.seed, lab.dtype)
     run = lambda estimator: lambda: meta_gradient(estimator, over_tasks(task_loss(model)), spread(parameters(model), lab.preset.tasks), e.support, e.query, lr=.1, steps=5, unused="keep")
     found, why = attempt(lambda: {k: quantiles(v)["p50"] for k, v in interleave({k: run(k) for k in (FULL, FO)}, ms, Stopwatch(lab.device)).items()}, lab.device)
     return dict(full_ms=None, fo_ms=None) if why else dict(full_ms=found[FULL], fo_ms=found[FO])
@@ -113,14 +121,12 @@ def _taxonomy(place, out):
     true = lru_cache(2)(lambda estimator, K, alpha, schedule: _gradients(_lab(place, alpha, tasks), "glyphs", "reference", estimator, schedule, K, torch.float64))
     median = lambda x: statistics.median(x) if x else None
     def diagnosis(name, tick):
-        dtype = names[name] if names[name] in (torch.float64, torch.float32) else torch.float32
-        fn = find_attention(name, place.device)
-        d, why = attempt(lambda: diagnose(fn, dtype=dtype, D=_head_dim(place.backend, place.device), device=place.device), place.device)
+        d, why = attempt(lambda: diagnose(find_attention(name, place.device), dtype=names[name], D=_head_dim(place.backend, place.device), device=place.device), place.device)
         if why: return dict(verdict="conditional", first="raises", second="raises", manner="loud", cause=why, says=why)
-        return dict(verdict=d.verdict, first=d.first, second=d.second, manner=d.manner, cause=str(d.suspect) if d.suspect else "", says=d.says, **_times(_lab(place, .1, tasks), name, 20.))
+        return dict(verdict=d.verdict, first=d.first, second=d.second, manner=d.manner, cause=str(d.suspect) if d.suspect else "", says=d.says, **_times(_lab(place, .1, tasks), name, names[name], 20.))
     def damage(name, K, alpha, tick):
         lab = _lab(place, alpha, tasks)
-        get = lambda estimator: _gradients(lab, "glyphs", lab.attention(name), estimator, SCHEDULES[0], K, lab.dtype)
+        get = lambda estimator: _gradients(lab, "glyphs", _within(lab.attention(name), names[name]), estimator, SCHEDULES[0], K, lab.dtype)
         full, why = attempt(lambda: get(FULL), place.device)
         if why: return dict(error=None, own=None, error_median=None, own_median=None, failure=why)
         error = [d.over_fo for d in _differences(full, true(FULL, K, alpha, SCHEDULES[0]))]
@@ -200,9 +206,9 @@ def measure_step(
     return row | (found or {})
 
 # %% ../../nbs/meta/experiments.ipynb #42041fa2
-def _compile_ahead(place, cases): # the kernels of unrolling and of mixed mode, in processes of their own
+def _compile_ahead(place, cases, mixed=True): # the kernels of unrolling and of mixed mode, in processes of their own
     if place.quick or place.device.type != "cuda": return
-    call_ahead([(c, p, "theria") for c in cases for p in ("forward+backward+double-backward", "hvp")], place.device, 12)
+    call_ahead([(c, p, "theria") for c in cases for p in ("forward+backward+double-backward", "hvp")[:1 + mixed]], place.device, 12)
 
 def _attention(place, name): return place.backend if name == "theria" else SDPA["sdpa-math"]
 
@@ -214,8 +220,8 @@ def _cost(place, out):
     pairs = [(e, a) for e in (FULL, MIXED, CHECKPOINTED, FO) for a in ("theria", "math")]
     eager = lambda s, K: [(replace(s, K=K), e, a, "eager", {}) for e, a in pairs]
     small, large = shapes[:2]
-    todo = [*eager(small, 5), *eager(large, 5), *eager(small, 20)]
-    if place.device.type == "cuda": todo += [(s, e, a, "graph", {}) for s, some in ((replace(small, K=20), pairs[:4:2]), (small, pairs[:4])) for e, a in some]
+    graphs = lambda s, K, some: [(replace(s, K=K), e, a, "graph", {}) for e, a in some if place.device.type == "cuda"]
+    todo = [*eager(small, 5), *graphs(small, 5, pairs[:4]), *eager(large, 5), *graphs(large, 5, pairs[:4]), *eager(small, 20), *graphs(small, 20, pairs[:4:2])]
     if not place.quick: todo += [t for s in shapes[2:] for t in eager(s, 5)]
     todo += [(replace(small, K=K), e, "theria", "eager", o) for K in (5, 20) for e, o in (("truncated", dict(keep=1)), ("cg", {}), ("neumann", {}), ("reptile", {}))]
     todo += [*eager(small, 1), *(() if place.quick else (*eager(large, 20), *eager(large, 1)))]
@@ -250,26 +256,39 @@ def _behavior_runs(place):
     small = MamlRun("glyphs", ways=5, tasks=4, steps=60, test_tasks=100, n_layers=1)
     if place.quick:
         return [replace(small, estimator=e, inner_steps=K, inner_lr=.6/K, seed=place.seed + s) for K in (1, 5) for s in (0, 1) for e in (FULL, FO, *(("fo_strict",) if K == 5 else ()))]
-    large = MamlRun("omniglot", ways=20, queries=5, d_model=64, tasks=8, steps=1500, learn_lr=True, outer_lr=2e-3, test_tasks=600)
-    at = lambda K, seed, *estimators: [replace(large, estimator=e, inner_steps=K, inner_lr=.4/K, seed=place.seed + seed) for e in estimators]
-    return [*at(5, 0, FULL, FO), *at(1, 0, FULL, FO), *at(5, 1, FULL, FO), *at(10, 0, FULL, FO), *at(5, 0, "anil", MIXED), *at(20, 0, FULL, FO), *at(1, 1, FULL, FO)]
+    large = MamlRun("omniglot", ways=20, queries=5, d_model=64, tasks=8, steps=1000, learn_lr=True, outer_lr=2e-3, test_tasks=600, seed=place.seed)
+    at = lambda K, *estimators: [replace(large, estimator=e, inner_steps=K, inner_lr=.4/K) for e in estimators]
+    return [*at(1, FULL, FO), *at(5, "anil"), *at(10, FULL, FO), *at(5, FULL, FO), *at(20, FULL, FO)]
+
+def _training(place, out, part, c, attention):
+    "A run of `maml` as a piece."
+    def compute(tick):
+        began, state = time.monotonic(), out/f"meta-{part}-{hashlib.sha256(identity([asdict(c), attention, source_hash()]).encode()).hexdigest()[:8]}.state"
+        backend = attention if attention == place.backend else find_attention(attention, place.device)
+        row, why = attempt(lambda: _maml_units(c, backend, place.device, state, {})[1].compute(tick), place.device)
+        state.unlink(missing_ok=True)
+        if why: return dict(score=None, interval=None, unadapted=None, history=[], curve=[], rates=None, per_task=[], seconds_a_step=None, failure=why)
+        return {**row, "per_task": [round(x, 4) for x in row["per_task"].tolist()], "history": row["history"][::max(1, c.steps//200)], "seconds_a_step": (time.monotonic() - began)/c.steps, "failure": None}
+    key = {"trial" if n == "seed" else n: x for n, x in asdict(c).items()}
+    return Unit(dict(part=part, **key, backend_of=attention), c.steps, compute)
 
 @experiment("behavior", "Does the second order change what is learned, and how fast?", data="data", ways="ways", inner_steps="K", estimator="estimator", backend_of="attention", trial="seed",
-            steps="outer steps", score="score", interval="±", unadapted="unadapted", seconds_a_step="s / outer step")
+            steps="outer steps", score="score", interval="±", unadapted="unadapted", seconds_a_step="s / outer step", failure="failure")
 def _behavior(place, out):
     others = () if place.quick or place.backend == "reference" else ("reference",)
-    def compute(c, backend, tick):
-        began, state, told = time.monotonic(), out/f"meta-behavior-{hashlib.sha256(identity([asdict(c), backend, source_hash()]).encode()).hexdigest()[:8]}.state", {}
-        row = _maml_units(c, backend, place.device, state, told)[1].compute(tick)
-        state.unlink(missing_ok=True)
-        del row["per_task"]
-        return {**row, "history": row["history"][::max(1, c.steps//200)], "seconds_a_step": (time.monotonic() - began)/c.steps}
     runs = [(c, place.backend) for c in _behavior_runs(place)]
-    runs += [(c, b) for b in others for c, _ in runs[:2]]
+    runs[3:3] = [(c, b) for b in others for c, _ in runs if c.estimator in (FULL, FO) and c.inner_steps == 5]
     c = runs[0][0]
-    _compile_ahead(place, [Case(c.tasks*c.ways*c.shots, 2, 16, 16, c.d_model//2, "float32")])
-    key = lambda c: {"trial" if n == "seed" else n: x for n, x in asdict(c).items()}
-    return [Unit(dict(part="behavior", **key(c), backend_of=b), c.steps, partial(compute, c, b)) for c, b in runs]
+    _compile_ahead(place, [Case(c.tasks*c.ways*c.shots, 2, 16, 16, c.d_model//2, "float32")], False)
+    return [_training(place, out, "behavior", c, b) for c, b in runs]
+
+# %% ../../nbs/meta/experiments.ipynb #8a2f67ad
+@experiment("blind", "Does a training curve show that an attention has lost its second order?", backend_of="attention", estimator="estimator", inner_steps="K", inner_lr="α", trial="seed", steps="outer steps", score="score",
+            interval="±", unadapted="unadapted", failure="failure")
+def _blind(place, out):
+    steps, seeds = (60, 2) if place.quick else (200, 3)
+    c = MamlRun("glyphs", ways=5, tasks=4, steps=steps, test_tasks=200, inner_steps=5, inner_lr=.1)
+    return [_training(place, out, "blind", replace(c, estimator=e, seed=place.seed + s), a) for s in range(seeds) for e, a in ((FULL, "reference"), (FULL, "stats_detach"), (FULL, "raw_kernel"), (FO, "reference"))]
 
 # %% ../../nbs/meta/experiments.ipynb #5508799b
 REGIMES = {"float32": (torch.float32, None), "bfloat16": (torch.bfloat16, None), "float16": (torch.float16, None),
@@ -313,7 +332,7 @@ def _robustness(place, out):
     Ts, Ds, B = ((32, 128), (32,), 2) if place.quick else ((32, 128, 256, 1024), (32, 64, 128), 4)
     regimes = ("float32", "bfloat16", "bfloat16 autocast") if place.quick else tuple(REGIMES)
     def compute(T, D, r, a, tick): return probe_regime(Step(T, 2, B, H=2, D=D, n_layers=1, lr=.05), r, _attention(place, a), place.device, place.seed)
-    _compile_ahead(place, [Case(B, 2, 128, 128, D, t) for D in Ds for t in ("bfloat16", "float16", "float32")])
+    _compile_ahead(place, [Case(B, 2, T, T, D, t) for T in (128, 1024) for D in Ds for t in ("bfloat16", "float16", "float32")], False)
     return [Unit(dict(part="robustness", T=T, D=D, regime=r, attention=a, B=B, H=2, K=2), T/32, partial(compute, T, D, r, a)) for T in Ts for D in Ds for r in regimes for a in ("theria", "math")]
 
 # %% ../../nbs/meta/experiments.ipynb #06bd27a6
@@ -398,14 +417,17 @@ def _ttt_model(place, sizes, attention, dtype):
         torch.manual_seed(place.seed)
         return TestTimeLearner(**sizes, backend=attention).to(place.device, dtype)
 
-def _ttt_cost(place, sizes, batch, n, a, dtype, tick):
+def _ttt_cost(place, sizes, batch, n, a, dtype, mode, tick):
     def go():
         model = _ttt_model(place, sizes, _attention(place, a), dtype)
         theta, tokens = parameters(model), riddles(batch, n*sizes["chunk"] + 1, sizes["vocab"], torch.Generator().manual_seed(0)).to(place.device)
         run = lambda: gradient(read(model, theta, tokens, .05).mean(), theta)
         for _ in range(2): memory, g = peak(lambda: run, place.device)
+        if mode == "graph":
+            run, g = captured(lambda: run)
+            run()
         if not torch.isfinite(flat(g)).all(): raise ArithmeticError("the gradient is not finite")
-        return dict(memory=memory, norm=flat(g).norm().item(), **quantiles(interleave({"run": run}, 20. if place.quick else 200., Stopwatch(place.device))["run"]))
+        return dict(memory=None if mode == "graph" else memory, norm=flat(g).norm().item(), **quantiles(interleave({"run": run}, 20. if place.quick else 200., Stopwatch(place.device))["run"]))
     found, why = attempt(go, place.device)
     return dict.fromkeys(("p20", "p50", "p80", "memory", "norm")) | (found or {}) | dict(failure=why)
 
@@ -437,16 +459,19 @@ def _read_fo(model, params, tokens, lr):
         theta = {n: p - lr*g[n] if ".mlp." in n else p for n, p in theta.items()}
     return torch.stack(scores)
 
-@experiment("ttt", "What does test-time training through attention cost, and is it worth differentiating?", part="part", context="context", chunk="C", window="W", attention="attention", how="how",
-            p50="ms", memory="memory / MiB", score="nat / token", failure="failure")
+@experiment("ttt", "What does test-time training through attention cost, and is it worth differentiating?", part="part", context="context", chunk="C", window="W", attention="attention", mode="mode", how="how",
+            trial="seed", p50="ms", memory="memory / MiB", score="nat / token", failure="failure")
 def _ttt(place, out):
     if place.quick: sizes, batch, counts, dtype = dict(vocab=32, chunk=16, window=32, d_model=32, n_heads=2, n_layers=2), 4, (2, 4), torch.float32
     else: sizes, batch, counts, dtype = dict(vocab=256, chunk=512, window=2048, d_model=512, n_heads=8, n_layers=4), 2, (4, 8, 16), torch.bfloat16
     small = dict(vocab=16, chunk=16, window=16, d_model=32, n_heads=2, n_layers=2)
     key = lambda sizes, n: dict(context=n*sizes["chunk"], **sizes)
-    cost = [Unit(dict(part="ttt cost", **key(sizes, n), batch=batch, attention=a), 1., partial(_ttt_cost, place, sizes, batch, n, a, dtype)) for n in counts for a in ("theria", "math")]
-    steps = 120 if place.quick else 1000
-    return cost + [Unit(dict(part="ttt training", **key(small, 8), batch=16, how=how, steps=steps, lr=1.), steps/10, partial(_ttt_train, place, small, 16, 8, how, steps, 1.)) for how in ("full", "fo", "none")]
+    modes = ("eager", "graph") if place.device.type == "cuda" else ("eager",)
+    cost = [Unit(dict(part="ttt cost", **key(sizes, n), batch=batch, attention=a, mode=m), 1., partial(_ttt_cost, place, sizes, batch, n, a, dtype, m)) for m in modes for n in counts for a in ("theria", "math")]
+    steps, C, W = 120 if place.quick else 1000, sizes["chunk"], sizes["window"]
+    training = [Unit(dict(part="ttt training", **key(small, 8), batch=16, how=how, steps=steps, lr=1., trial=place.seed), steps/10, partial(_ttt_train, place, small, 16, 8, how, steps, 1.)) for how in ("full", "fo", "none")]
+    _compile_ahead(place, [Case(batch, sizes["n_heads"], C, past + C, sizes["d_model"]//sizes["n_heads"], "bfloat16", window=W) for past in (0, C, W)], False)
+    return cost + training if place.quick else cost if place.device.type == "cuda" else training
 
 # %% ../../nbs/meta/experiments.ipynb #7cf8cb24
 def run_experiments(
@@ -491,9 +516,9 @@ def origin(
 ) -> str: # Markdown
     "One line about a result file."
     rows, p = results(name, folder, tag)
-    presets = " and ".join(sorted({r["preset"] for r in rows}))
-    return (f"*{len(rows)} rows of `{result_file(name, folder, tag).name}`, preset {presets}, from {p['device_name']} with PyTorch {p['torch']} and Triton {p['triton']}, source fingerprint "
-            f"{p['source']}, last written {p['utc'][:10]} by `{p['command']}`.*")
+    presets, sources = (sorted({r[k] for r in rows}) for k in ("preset", "source"))
+    return (f"*{len(rows)} rows of `{result_file(name, folder, tag).name}`, preset {' and '.join(presets)}, from {p['device_name']} with PyTorch {p['torch']} and Triton {p['triton']}, source fingerprint"
+            f"{'s'*(len(sources) > 1)} {', '.join(sources)}, last written {p['utc'][:10]} by `{p['command']}`.*")
 
 # %% ../../nbs/meta/experiments.ipynb #4ebc7afa
 def experiment_sections(

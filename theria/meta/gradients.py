@@ -266,9 +266,9 @@ def log_rates(protocol:Protocol, params:Mapping[str, Tensor]) -> dict[str, Tenso
     "The logarithms of the learned rates at their start."
     if not protocol.learn_lr: return {}
     like = next(iter(params.values()))
-    return {f"log α of {n}": torch.full((), math.log(protocol.lr), dtype=like.dtype, device=like.device, requires_grad=True) for n in params}
+    return {f"log α of {n}": torch.full((), math.log(protocol.lr), dtype=like.dtype, device=like.device, requires_grad=True) for n in params if n.startswith(protocol.only)}
 
-def _lr(protocol, params, logs): return {n: logs[f"log α of {n}"].exp() for n in params} if logs else protocol.lr
+def _lr(protocol, params, logs): return {n: logs[f"log α of {n}"].exp() if n.startswith(protocol.only) else protocol.lr for n in params} if logs else protocol.lr
 
 # %% ../../nbs/meta/gradients.ipynb #d6fe321f
 class MetaRun(NamedTuple):
@@ -379,7 +379,7 @@ def meta_train(
     def estimate(e):
         return meta_gradient(estimator, loss_fn, spread(theta, share), e.support, e.query, lr=_lr(protocol, theta, logs), **protocol.rule, also=logs, unused=unused, **options)
     if graph: estimate = _Replayed(estimate)
-    now = lambda: {n: a.item() for n, a in _lr(protocol, theta, logs).items()} if logs else None
+    now = lambda: {n: a.item() if isinstance(a, Tensor) else a for n, a in _lr(protocol, theta, logs).items()} if logs else None
     while len(outer.history) < outer_steps:
         e = _share(protocol.draw(data, outer.gen, tasks), tasks).to(device, next(iter(theta.values())).dtype)
         _step(outer, estimate(e), clip, share)
