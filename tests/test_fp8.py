@@ -53,9 +53,11 @@ def test_forward_against_its_emulation(Lq, Lk, D, Dv, causal):
     x = inputs(Lq, Lk, D, Dv)
     o, L = fp8.sdpa_fp8(*x, is_causal=causal, return_lse=True)
     o_ref, L_ref = fp8.forward_reference(*x, scale=D**-.5, is_causal=causal, keys=fp8.config(fp8.features(max(D, Dv))).BN)
-    assert rel_err(o, o_ref) < 1e-2 and rel_err(L, L_ref) < 1e-5
+    short = fp8.forward_reference(*x, scale=D**-.5, is_causal=causal, sums=fp8.short_sums)[1]
+    limit = 1e-6 + (DEVICE == "cuda")*2*rel_err(short, L_ref)  # fp32's rounding, and what tensor cores drop from sums
+    assert rel_err(o, o_ref) < 1e-2 and rel_err(L, L_ref) < limit
     exact = reference.forward(*(y.double() for y in rounded(x)), None, scale=D**-.5, is_causal=causal)
-    assert rel_err(L, exact[1]) < 1e-5 and rel_err(o, exact[0]) < 4e-2  # L belongs to the rounded inputs; o has the rounding of the weights besides
+    assert rel_err(L, exact[1]) < limit and rel_err(o, exact[0]) < 4e-2  # L belongs to the rounded inputs; o has the rounding of the weights besides
 
 
 @pytest.mark.parametrize("N", [40, pytest.param(1000, marks=pytest.mark.gpu)])

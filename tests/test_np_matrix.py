@@ -43,7 +43,7 @@ def test_the_whole_product_is_in_the_paper_s_plan():
     rows = [r.switches for r in plan_of(SHAPES["mid"], True)]
     for attention in ("flash", "cudnn", "theria-two", "theria-once", "theria-fp8"):
         for parts in (PLAIN, FUSED):
-            found = {(s.checkpoint, s.graph, s.compile) for s in rows if s.attention == attention and s.mlp == s.heads == s.gmm == parts["mlp"]}
+            found = {(s.checkpoint, s.graph, s.compile) for s in rows if s.attention == attention and s.mlp == s.heads == s.gmm == s.adamw == parts["mlp"]}
             assert found >= {(c, g, k) for c in (False, True) for g in (False, True) for k in ("no", "blocks")}
 
 

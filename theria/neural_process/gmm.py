@@ -132,11 +132,13 @@ def _exponentials(logits, bs, top_b, K: tl.constexpr):
     return ws, rs, sum_w, sum_r
 
 @triton.jit
-def _rows(p_z, p_y, t, T, K: tl.constexpr, LEVELS: tl.constexpr, ROW: tl.constexpr, BT: tl.constexpr):
-    "the columns and the targets of the rows t"
+def _rows(p_z, p_y, t0, T, K: tl.constexpr, LEVELS: tl.constexpr, ROW: tl.constexpr, BT: tl.constexpr):
+    "the columns and the targets of the rows from t0 on"
     c = tl.arange(0, 2**LEVELS)
-    x = tl.load(p_z + t.to(tl.int64)[:, None]*ROW + c[None, :], mask=(t[:, None] < T) & (c[None, :] < 3*K), other=0.)
-    return columns(x, BT, LEVELS), tl.load(p_y + t, mask=t < T, other=0.).to(tl.float32)
+    r = tl.arange(0, BT)
+    p_z += t0.to(tl.int64)*ROW
+    x = tl.load(p_z + (r[:, None]*ROW + c[None, :]), mask=(r[:, None] < T - t0) & (c[None, :] < 3*K), other=0.)
+    return columns(x, BT, LEVELS), tl.load(p_y + t0 + r, mask=r < T - t0, other=0.).to(tl.float32)
 
 # %% ../../nbs/neural_process/gmm.ipynb #05a97261
 @triton.jit
@@ -153,8 +155,9 @@ def _finish(p_sums, p_ticket, p_loss, total, T, n, BN: tl.constexpr):
 
 @triton.jit
 def _gmm_log_prob(p_z, p_y, p_out, p_sums, p_ticket, T, n, K: tl.constexpr, LEVELS: tl.constexpr, ROW: tl.constexpr, BT: tl.constexpr, LOSS: tl.constexpr):
-    t = tl.program_id(0)*BT + tl.arange(0, BT)
-    xs, y = _rows(p_z, p_y, t, T, K, LEVELS, ROW, BT)
+    t0 = tl.program_id(0)*BT
+    t = t0 + tl.arange(0, BT)
+    xs, y = _rows(p_z, p_y, t0, T, K, LEVELS, ROW, BT)
     logits, bs, taus, zetas, top_b = _joint(xs, y, K)
     ws, rs, sum_w, sum_r = _exponentials(logits, bs, top_b, K)
     log_p = (top_b + tl.log2(sum_r) - tl.log2(sum_w))*LN2 - HALF_LOG_2PI
@@ -164,8 +167,9 @@ def _gmm_log_prob(p_z, p_y, p_out, p_sums, p_ticket, T, n, K: tl.constexpr, LEVE
 # %% ../../nbs/neural_process/gmm.ipynb #e5b31447
 @triton.jit
 def _gmm_gradient(p_z, p_y, p_g, p_dz, p_dy, T, g_t, factor, K: tl.constexpr, LEVELS: tl.constexpr, ROW: tl.constexpr, BT: tl.constexpr, HAS_DY: tl.constexpr):
-    t = tl.program_id(0)*BT + tl.arange(0, BT)
-    xs, y = _rows(p_z, p_y, t, T, K, LEVELS, ROW, BT)
+    t0 = tl.program_id(0)*BT
+    t = t0 + tl.arange(0, BT)
+    xs, y = _rows(p_z, p_y, t0, T, K, LEVELS, ROW, BT)
     logits, bs, taus, zetas, top_b = _joint(xs, y, K)
     ws, rs, sum_w, sum_r = _exponentials(logits, bs, top_b, K)
     g = tl.load(p_g + t*g_t, mask=t < T, other=0.).to(tl.float32)*factor
@@ -177,12 +181,13 @@ def _gmm_gradient(p_z, p_y, p_g, p_dz, p_dy, T, g_t, factor, K: tl.constexpr, LE
         dy -= pull
     c = tl.arange(0, 2**LEVELS)
     tile = tile_of(dz, p_dz.dtype.element_ty, BT, LEVELS)
-    tl.store(p_dz + t.to(tl.int64)[:, None]*(3*K) + c[None, :], tile, mask=(t[:, None] < T) & (c[None, :] < 3*K))
+    p_dz += t0.to(tl.int64)*(3*K)
+    tl.store(p_dz + (t - t0)[:, None]*(3*K) + c[None, :], tile, mask=(t[:, None] < T) & (c[None, :] < 3*K))
     if HAS_DY: tl.store(p_dy + t, dy, mask=t < T)
 
 # %% ../../nbs/neural_process/gmm.ipynb #ca416bab
 MAX_COMPONENTS = 21 # a row of 3K numbers has to fit 64 columns
-CONFIGS = dict(forward=Config(128, 0, 4, 1), backward=Config(128, 0, 4, 1)) # rows of a program; warps
+CONFIGS = dict(forward=Config(256, 0, 4, 1), backward=Config(64, 0, 2, 1)) # rows of a program; warps
 
 def _levels(K): return (3*K - 1).bit_length()
 def _fewer(config, K): return config if K <= 10 else Config(max(32, config.BM//4), 0, config.warps//2, 1) # wide rows need more registers

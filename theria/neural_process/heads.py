@@ -107,7 +107,7 @@ def _heads_backward(p_x, p_w1, p_w2, p_dz, p_da, p_dw2, T, W, C, K, x_t, w1_k, w
     store_tile(p_dw2 + ((i_t.to(tl.int64)*K + i_k)*W + f0)*O, dw2, f, o, O, W - f0, O)
 
 # %% ../../nbs/neural_process/heads.ipynb #3f94ea94
-CONFIGS = dict(forward=Config(64, 128, 4, 3), backward=Config(64, 128, 4, 3))
+CONFIGS = dict(forward=Config(128, 128, 4, 3), backward=Config(64, 128, 4, 4))
 PROGRAMS = 264 # fewer than these are too few
 CHUNK = 2**14 # tokens whose da is in memory at a time
 MAX_OUTPUTS = 16 # of a head

@@ -7,8 +7,8 @@ __all__ = ['SHAPES', 'FOREIGN', 'PLAIN', 'FUSED', 'NARROW', 'PRESETS', 'KINDS', 
            'predicted_memory', 'Row', 'row_of', 'is_pytorch', 'plan_of', 'published_shapes', 'plan_np', 'on_cpu',
            'inputs', 'Ready', 'set_up', 'check_losses', 'stages', 'by_kind', 'time_steps', 'Matrix', 'compare_losses',
            'smoothed', 'losses_figure', 'set_up_ahead', 'run_matrix', 'steps_of', 'best_pytorch', 'shape_table',
-           'memory_table', 'stage_table', 'show_matrix', 'leaders', 'speedup_figure', 'kinds_figure',
-           'published_figures', 'show_results']
+           'memory_table', 'stage_table', 'show_matrix', 'pair_table', 'budget_table', 'leaders', 'speedup_figure',
+           'kinds_figure', 'published_figures', 'show_results']
 
 # %% ../../nbs/neural_process/matrix.ipynb #3089af1c
 import gc, math, multiprocessing, os, sys, time
@@ -83,6 +83,7 @@ def predicted_memory(shape:Shape, switches:Switches) -> float: # bytes
 
 # %% ../../nbs/neural_process/matrix.ipynb #be27ff45
 FOREIGN = ("flash", "cudnn", "efficient", "sdpa")
+PLAIN, FUSED = (dict.fromkeys(("mlp", "heads", "gmm", "adamw"), how) for how in ("reference", "fused"))
 
 class Row(NamedTuple):
     "A cell of the matrix."
@@ -91,41 +92,40 @@ class Row(NamedTuple):
 
     def __str__(self):
         s = self.switches
-        parts = [n for n in ("mlp", "heads", "gmm") if getattr(s, n) == "fused"]
-        return " ".join([self.shape.name, s.attention, *(["fused"] if len(parts) == 3 else parts), s.precision, *["needed"]*(s.rows == "needed"),
-                         {"no": "eager", "blocks": "compiled", "whole": "whole"}[s.compile], *["graph"]*s.graph, *["checkpoint"]*s.checkpoint])
+        parts = [n for n in PLAIN if getattr(s, n) == "fused"]
+        return " ".join([self.shape.name, s.attention, *(["fused"] if len(parts) == len(PLAIN) else parts), s.precision, *["needed"]*(s.rows == "needed"),
+                         {"no": "eager", "blocks": "compiled", "whole": "whole"}[s.compile], *["graph"]*s.graph, *["behind"]*s.behind, *["checkpoint"]*s.checkpoint])
 
     @property
     def key(self): return dict(part="step", **self.shape._asdict() | dict(size=list(self.shape.size)), **asdict(self.switches))
 
 def row_of(found:dict) -> Row: # the inverse of `key`
     "The row that a result belongs to."
-    return Row(Shape(*(found[n] for n in Shape._fields[:4]), Size(*found["size"])), Switches(**{f.name: found[f.name] for f in fields(Switches)}))
+    return Row(Shape(*(found[n] for n in Shape._fields[:4]), Size(*found["size"])), Switches(**{f.name: {"adamw": "reference", "behind": False, **found}[f.name] for f in fields(Switches)}))
 
 def is_pytorch(switches:Switches) -> bool:
     "Is there nothing of this package in it?"
-    return switches.attention in FOREIGN and {switches.mlp, switches.heads, switches.gmm} == {"reference"}
+    return switches.attention in FOREIGN and all(getattr(switches, n) == "reference" for n in PLAIN)
 
 # %% ../../nbs/neural_process/matrix.ipynb #ff1bc115
-PLAIN, FUSED = dict(mlp="reference", heads="reference", gmm="reference"), dict(mlp="fused", heads="fused", gmm="fused")
 _cudnn, _flash, _theria = (Switches(attention=a, **PLAIN, precision="autocast") for a in ("cudnn", "flash", "theria"))
 _fused = replace(_theria, **FUSED)
+_mixed = replace(_fused, mlp="reference")
 _fast = dict(precision="bf16", compile="blocks", graph=True)
 
 # %% ../../nbs/neural_process/matrix.ipynb #cd659e93
 def plan_of(shape:Shape, whole:bool=False) -> list[Row]:
     "The rows of a shape, the most telling first."
-    both = lambda **kw: [replace(_cudnn, **kw), replace(_fused, **kw)]
+    both = lambda **kw: [replace(_cudnn, **kw), replace(_mixed, **kw)]
     if shape.M >= 10**5:
-        rows = [*both(precision="bf16"), replace(_flash, precision="bf16"), replace(_fused, precision="bf16", attention="theria-fp8"), *both(precision="bf16", checkpoint=True), *both()]
+        rows = [*both(precision="bf16"), replace(_mixed, precision="bf16", attention="theria-fp8"), *both(precision="bf16", rows="needed"), *both(precision="bf16", checkpoint=True), replace(_flash, precision="bf16"), *both()]
     else:
-        rows = [*both(**_fast), *both(**_fast | dict(precision="autocast")),
-                replace(_flash, **_fast), replace(_fused, **_fast, attention="theria-fp8"), replace(_fused, precision="bf16", graph=True), replace(_cudnn, precision="bf16", graph=True),
-                replace(_theria, **_fast), *(replace(_theria, **_fast | {part: "fused"}) for part in ("mlp", "heads", "gmm")),
-                *(replace(_fused, **_fast, attention=a) for a in ("theria-two", "theria-once")), *both(**_fast, rows="needed"),
-                replace(_flash, **_fast | dict(precision="autocast")), *both(), _flash, *both(precision="bf16"), *both(compile="blocks"), *both(**_fast, checkpoint=True), *both(**_fast | dict(compile="whole"))]
+        rows = [*both(**_fast), *both(**_fast, rows="needed"), replace(_fused, **_fast), replace(_theria, **_fast), *both(**_fast | dict(compile="whole")), *both(**_fast, behind=True),
+                replace(_mixed, **_fast, attention="theria-fp8"), *both(precision="bf16", graph=True), *(replace(_theria, **_fast | {part: "fused"}) for part in PLAIN),
+                *both(**_fast | dict(precision="autocast")), replace(_flash, **_fast), *(replace(_mixed, **_fast, attention=a) for a in ("theria-two", "theria-once")),
+                replace(_flash, **_fast | dict(precision="autocast")), *both(), _flash, *both(precision="bf16"), *both(compile="blocks"), *both(**_fast, checkpoint=True)]
     if whole:
-        rows += [Switches(a, mlp=f["mlp"], heads=f["heads"], gmm=f["gmm"], checkpoint=c, graph=g, compile=k, precision=p)
+        rows += [Switches(a, mlp=f["mlp"], heads=f["heads"], gmm=f["gmm"], adamw=f["adamw"], checkpoint=c, graph=g, compile=k, precision=p)
                  for a, f, p, k, g, c in product(("flash", "cudnn", "theria-two", "theria-once", "theria-fp8"), (PLAIN, FUSED), ("autocast", "bf16"), ("no", "blocks"), (False, True), (False, True))]
     return [Row(shape, s) for s in dict.fromkeys(rows)]
 
@@ -148,9 +148,9 @@ def plan_np(
     if preset not in PRESETS: raise ContractError(f"got --preset={preset!r}; accepted are {', '.join(PRESETS)}: choose one of them.")
     named = only.split() and only.split()[0] in {*SHAPES, *(s.name for s in published_shapes())}
     each = [plan_of(s, preset == "paper") for name, s in SHAPES.items() if name in PRESETS[preset] or named]
-    narrow = [[Row(s, w) for w in (replace(_cudnn, **_fast), replace(_fused, **_fast))] for s in published_shapes()] if preset in ("large", "paper") or named else []
-    lead = [rows[i:i + 2] for i in (0, 2) for rows in each if i == 0 or rows[0].shape.M < 10**5]
-    order = [r for rows in [*lead, *narrow, *each] for r in rows]
+    narrow = [[Row(s, w) for w in (replace(_cudnn, **_fast), replace(_mixed, **_fast))] for s in published_shapes()] if preset in ("large", "paper") or named else []
+    lead = [rows[i:j] for i, j in ((0, 2), (2, 6)) for rows in each]
+    order = [r for rows in [*lead, *each, *narrow] for r in rows]
     if torch.device(device).type == "cpu": order = [Row(r.shape, on_cpu(r.switches)) for r in order]
     found = [r for r in dict.fromkeys(order) if all(word in str(r).split() for word in only.split())]
     if not found: raise ContractError(f"got --only={only!r}, which leaves nothing to measure; accepted are words of the rows, such as 'mid cudnn graph': see them with --plan.")
@@ -158,7 +158,7 @@ def plan_np(
 
 def on_cpu(s:Switches) -> Switches:
     "The same switches as far as a processor has them, to try the benchmark out."
-    return replace(s, attention="sdpa" if is_pytorch(s) else "reference", **PLAIN, precision="fp32", compile="no", graph=False)
+    return replace(s, attention="sdpa" if is_pytorch(s) else "reference", **PLAIN, precision="fp32", compile="no", graph=False, behind=False)
 
 # %% ../../nbs/neural_process/matrix.ipynb #9b1b4760
 def inputs(shape:Shape, device="cpu", seed:int=0) -> Batch:
@@ -201,7 +201,7 @@ def check_losses(losses:list, expected:list|None, tolerance:float=.02):
 def stages(row:Row, device, seed:int=0, repeats:int=3) -> dict[str, float]: # forward, backward and update, median ms of an eager step
     "Time the stages of a step."
     device, batch = torch.device(device), inputs(row.shape, device, seed)
-    step, watch, marks = Step(row.switches.build(row.shape.size, device, seed), replace(row.switches, graph=False), lr=1e-4), Stopwatch(device), defaultdict(list)
+    step, watch, marks = Step(row.switches.build(row.shape.size, device, seed), replace(row.switches, graph=False, behind=False), lr=1e-4), Stopwatch(device), defaultdict(list)
     def forward():
         step.optimizer.zero_grad()
         with step.precise(): step.value = step.loss(*batch)
@@ -273,18 +273,18 @@ class Matrix:
 
 # %% ../../nbs/neural_process/matrix.ipynb #b2c4ae55
 def compare_losses(
-    plain:Switches, fast:Switches,
+    runs:dict[str, Switches], # by any names
     shape:Shape=SHAPES["small"],
     steps:int=300,
     device="cuda", seed:int=0, task:str="gp",
-) -> dict: # losses of both
-    "Train twice on the same tasks."
+) -> dict[str, list]: # losses by those names
+    "Train several times on the same tasks."
     device = torch.device(device)
-    both = {name: Step(s.build(shape.size, device, seed), s, lr=5e-4, clip=1.) for name, s in (("plain", plain), ("fast", fast))}
-    losses = {name: [] for name in both}
+    steppers = {name: Step(s.build(shape.size, device, seed), s, lr=5e-4, clip=1.) for name, s in runs.items()}
+    losses = {name: [] for name in runs}
     for i in range(steps):
         batch = draw(task, shape.B, shape.M, shape.N, seed, i, device).batch
-        for name, step in both.items():
+        for name, step in steppers.items():
             step.optimizer.set_lr(5e-4*min(1, (i + 1)/50))
             losses[name].append(step(batch).clone())
     return {name: torch.stack(x).tolist() for name, x in losses.items()}
@@ -293,14 +293,14 @@ def smoothed(x:list, width:int=20) -> list:
     "Running means."
     return [sum(x[max(0, i - width + 1):i + 1])/len(x[max(0, i - width + 1):i + 1]) for i in range(len(x))]
 
-def _plot_both(row, ax):
-    for (name, label), look in zip((("plain", "plain"), ("fast", "every switch on")), SERIES): ax.plot(smoothed(row[name]), label=label, color=look["color"], linestyle=look["linestyle"])
+def _plot_losses(losses, ax):
+    for (name, x), look in zip(losses.items(), SERIES): ax.plot(smoothed(x), label=name, color=look["color"], linestyle=look["linestyle"])
     ax.set(xlabel="step", ylabel="loss, nats per target")
     ax.legend()
 
-def losses_figure(row:dict) -> Svg:
-    "Both losses against the step."
-    return draw_figure(partial(_plot_both, row), "The running means of the losses of a plain run and of one with every switch on against the step")
+def losses_figure(losses:dict) -> Svg: # as `compare_losses` returns them
+    "Losses against the step."
+    return draw_figure(partial(_plot_losses, losses), f"The running means of the losses of several runs against the step: {', '.join(losses)}")
 
 # %% ../../nbs/neural_process/matrix.ipynb #b834ac3b
 def _alone(): os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
@@ -343,14 +343,16 @@ def _stages(matrix, plan, left): # of the first PyTorch row and the first other 
 
 def _losses(matrix, steps):
     cuda = matrix.device.type == "cuda"
-    plain, fast = (s if cuda else on_cpu(s) for s in (replace(_flash, compile="no"), replace(_fused, precision="bf16", graph=True)))
+    every = replace(_fused, precision="bf16", rows="needed", checkpoint=True, graph=True)
+    runs = {"plain": _flash, "every switch on": every, "every switch on, attention in FP8": replace(every, attention="theria-fp8")}
+    runs = {name: s if cuda else on_cpu(s) for name, s in runs.items()}
     shape = SHAPES["small"] if cuda else Shape("toy", 4, 8, 8, Size(16, 2, 2, 21, 3))
     matrix.anchor = None
     matrix.free()
-    def both():
-        found, why = attempt(partial(compare_losses, plain, fast, shape, steps, matrix.device, matrix.seed), matrix.device)
-        return dict(found or dict(plain=None, fast=None), failure=why)
-    matrix.record.once(dict(part="losses", shape=shape.name, steps=steps, rows=[str(Row(shape, s)) for s in (plain, fast)]), both)
+    def train():
+        found, why = attempt(partial(compare_losses, runs, shape, steps, matrix.device, matrix.seed), matrix.device)
+        return dict(losses=found, failure=why)
+    matrix.record.once(dict(part="losses", shape=shape.name, steps=steps, rows=[str(Row(shape, s)) for s in runs.values()]), train)
 
 # %% ../../nbs/neural_process/matrix.ipynb #4b4726ef
 def run_matrix(
@@ -428,6 +430,33 @@ def show_matrix(rows:list[dict], width:int|None=None):
     for shape in dict.fromkeys(r["name"] for r in rows if r.get("part") == "step"): to_terminal(shape_table(rows, shape), width)
     if (stages := stage_table(rows)).rows: to_terminal(stages, width)
 
+# %% ../../nbs/neural_process/matrix.ipynb #af7d89ab
+def pair_table(rows:list[dict]) -> Table:
+    "PyTorch's fastest and theria's fastest row in each setting that both were measured in."
+    groups = defaultdict(list)
+    for r in rows:
+        if r.get("part") == "step" and r["p50"]: groups[r["name"], str(row_of(r)._replace(switches=replace(row_of(r).switches, attention="", **PLAIN))).split(maxsplit=1)[1]].append(r)
+    lines = []
+    for (shape, setting), found in groups.items():
+        theirs, ours = (min((r for r in found if is_pytorch(row_of(r).switches) == mine), key=lambda r: r["p50"], default=None) for mine in (True, False))
+        if theirs and ours: lines.append(dict(shape=shape, setting=setting, theirs=theirs["p50"], who=theirs["attention"], ours=ours["p50"], how=" ".join(str(row_of(ours)).removesuffix(setting).split()[1:]), ratio=theirs["p50"]/ours["p50"]))
+    return Table(lines, dict(shape="shape", setting="setting of both", theirs="PyTorch, ms", who="its attention", ours="theria, ms", how="which", ratio="speed-up"), "Rows that differ in kernels only.")
+
+# %% ../../nbs/neural_process/matrix.ipynb #faa163d7
+def budget_table(rows:list[dict]) -> Table:
+    "Where the leading rows of each shape spend their time, beside what it would take at best."
+    top = next((r for r in rows if r.get("part") == "ceilings"), None)
+    lines = []
+    for shape, _, best, ours in leaders(rows):
+        for r in (best, ours):
+            if not (r and r.get("kinds")): continue
+            k, row = defaultdict(float, {kind: us/1e3 for kind, us in r["kinds"].items()}), row_of(r)
+            d, n, _, f, K, _ = row.shape.size
+            floors = (work(row.shape)[0]/top["matmul"]/1e9, 28*(n*(4*d*d + 2*d*f) + K*(d + 3)*f)/top["copy"]/1e9) if top else (None, None)
+            dense = k["products"] + k["mlp"] + k["heads and mixture"]
+            lines.append(dict(row=str(row), step=r["p50"], attention=k["attention"], dense=dense, least=floors[0], update=k["update"], least_update=floors[1], rest=k["rest"], waiting=r["p50"] - sum(k.values())))
+    return Table(lines, dict(row="row", step="step, ms", attention="attention", dense="products", least="at best", update="update", least_update="at best", rest="the rest", waiting="no kernel runs"), "Time of kernels by what they do, ms.")
+
 # %% ../../nbs/neural_process/matrix.ipynb #0f1c4ce9
 def leaders(rows:list[dict]) -> list[tuple]: # (shape, customary PyTorch, best PyTorch, best of theria), results or None
     "The fastest row of each kind for each shape."
@@ -494,5 +523,5 @@ def show_results(path:Path) -> list: # tables and figures
     rows = read_rows(path)
     shapes = dict.fromkeys(r["name"] for r in rows if r.get("part") == "step" and not r["name"].startswith("narrow"))
     wide, narrow = ([r for r in rows if (r.get("name") in shapes) == inside] for inside in (True, False))
-    return [speedup_figure(wide), kinds_figure(wide), *(shape_table(rows, s) for s in shapes), stage_table(rows), memory_table(rows), *(published_figures(narrow) if any(r.get("part") == "step" for r in narrow) else []),
-            *(losses_figure(r) for r in rows if r.get("part") == "losses" and r["plain"])]
+    return [speedup_figure(wide), pair_table(wide), kinds_figure(wide), budget_table([r for r in rows if r.get("name") in {None, *shapes}]), *(shape_table(rows, s) for s in shapes), stage_table(rows), memory_table(rows), *(published_figures(narrow) if any(r.get("part") == "step" for r in narrow) else []),
+            *(losses_figure(r["losses"]) for r in rows if r.get("part") == "losses" and r["losses"])]

@@ -138,7 +138,7 @@ def _mlp_one(p_x, p_w1, p_w2, p_y, T, W, x_t, w1_f, w2_d, y_t, C: tl.constexpr, 
     store_tile(p_y + t0.to(tl.int64)*y_t, y, r, o, y_t, T - t0, C_OUT)
 
 # %% ../../nbs/neural_process/mlp.ipynb #80518473
-CONFIGS = dict(up=Config(128, 128, 8, 3), keep=Config(128, 128, 8, 3), dual=Config(64, 128, 4, 3), redo=Config(64, 128, 4, 3), one=Config(64, 32, 8, 2))
+CONFIGS = dict(up=Config(128, 128, 4, 3), keep=Config(128, 128, 4, 3), dual=Config(64, 128, 4, 3), redo=Config(64, 128, 4, 3), one=Config(64, 32, 8, 2))
 BLOCK = 64 # features of a step of a product
 MAX_FEATURES = 512 # of the one-kernel form
 

@@ -138,6 +138,7 @@ class TransformerNP(nn.Module):
         _check_choice("rows", rows, ROWS)
         for name, got in (("mlp", mlp), ("heads", heads), ("gmm", gmm)): _check_choice(name, got, FUSED)
         self.size, self.checkpoint, self.needed, self.heads_backend, self.gmm_backend = size, checkpoint, rows == "needed", heads, gmm
+        self.passed = None # to be called as passed(i, gradient) when block i has been differentiated
         d, wide, K = size.d_model, padded_width(size.d_ff), size.components
         self.embed1, self.embed2 = _weight(d, size.x_dim + 3), _weight(d, d)
         self.blocks = nn.ModuleList(Block(size, attention, rows, mlp) for _ in range(size.n_layers))
@@ -157,8 +158,9 @@ def _embed(self,
     context_y:Tensor, # (B, M)
     target_x:Tensor, # (B, N, x_dim)
 ) -> Tensor: # (B, M+N, d), the rows of @eq-np-embed
-    known, asked = (context_x.new_tensor(flags).expand(*x.shape[:2], 2) for flags, x in (((1., 0.), context_x), ((0., 1.), target_x)))
-    rows = torch.cat([torch.cat([context_x, context_y[..., None], known], -1), torch.cat([target_x, torch.zeros_like(target_x[..., :1]), asked], -1)], 1)
+    yes, no, none = torch.ones_like(context_y), torch.zeros_like(context_y), torch.zeros_like(target_x[..., 0])
+    known, asked = torch.stack([context_y, yes, no], -1), torch.stack([none, none, torch.ones_like(none)], -1)
+    rows = torch.cat([torch.cat([context_x, known], -1), torch.cat([target_x, asked], -1)], 1)
     with torch.autocast(rows.device.type, enabled=False): first = F.silu(F.linear(rows, self.embed1.to(rows.dtype)))
     return F.linear(first.to(self.embed2.dtype), self.embed2)
 
@@ -167,6 +169,7 @@ def _targets(self, context_x, context_y, target_x): # the target rows after the 
     h, M = self.embed(context_x, context_y, target_x), context_y.shape[1]
     again = self.checkpoint and torch.is_grad_enabled()
     for i, block in enumerate(self.blocks):
+        if self.passed is not None and h.requires_grad: h.register_hook(partial(self.passed, i))
         last = self.needed and i == len(self.blocks) - 1
         h = checkpoint(block, h, M, last, use_reentrant=False, preserve_rng_state=False) if again else block(h, M, last)
     return h[:, -target_x.shape[1]:]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'COMPILED', 'SIGNATURES', 'PLANS', 'TEST_SEED', 'PICTURES', 'Switches', 'Optimizer', 'compile_parts',
-           'Step', 'attention_kernels', 'Plan', 'learning_rate', 'judge', 'share', 'TrainedNP', 'train_np',
+           'parts_of', 'Step', 'attention_kernels', 'Plan', 'learning_rate', 'judge', 'share', 'TrainedNP', 'train_np',
            'training_figures', 'prediction_figures', 'judgment_table', 'training_page', 'stored_run']
 
 # %% ../../nbs/neural_process/training.ipynb #c8abe0a8
@@ -26,7 +26,9 @@ from ..bench import kernel_names
 from ..decoder import pick_device
 from ..layers import check_counts
 from .gmm import log_prob
-from .model import ATTENTIONS, SPECIFIED, Size, TransformerNP, mixture_quantile
+from .adamw import AdamW
+from .mlp import choose
+from .model import ATTENTIONS, FUSED, SPECIFIED, Size, TransformerNP, mixture_quantile
 from .tasks import TASKS, Batch, draw, example
 from ..records import Record, device_name, identity, source_hash, write_atomic
 from ..report import Figures, LIGHT, SERIES, Section, Svg, Table, draw as draw_figure, number, page, percent
@@ -42,19 +44,22 @@ class Switches:
     mlp:str="auto" # "fused", "reference" or "auto"
     heads:str="auto" # "fused", "reference" or "auto"
     gmm:str="auto" # "fused", "reference" or "auto"
+    adamw:str="auto" # the same, for an update that has masters
     precision:str="auto" # "fp32", "autocast", "bf16" with fp32 masters, or "auto": autocast on a GPU, fp32 elsewhere
     checkpoint:bool=False # recompute blocks in the backward pass
     compile:str="no" # "no", "blocks" or "whole"
     graph:bool=False # replay the whole step as one CUDA graph
+    behind:bool=False # update a block while those before it are still being differentiated
 
     def settle(self, device:torch.device) -> "Switches": # without "auto" in attention and precision
         "The switches as they are on a device, or one sentence why not."
         s = self
         if s.attention == "auto": s = replace(s, attention="reference" if resolve_backend("auto", device) == "reference" else "theria")
         if s.precision == "auto": s = replace(s, precision="autocast" if device.type == "cuda" else "fp32")
-        for name, accepted in (("precision", PRECISIONS), ("compile", COMPILED)):
+        for name, accepted in (("precision", PRECISIONS), ("compile", COMPILED), ("adamw", FUSED)):
             if (got := getattr(s, name)) not in accepted: raise ContractError(f"got {name}={got!r}; accepted are {', '.join(accepted)}: choose one of them.")
         if self.graph and device.type != "cuda": raise ContractError(f"got graph=True on {device.type}; accepted is a CUDA device: leave the graph out, or train there.")
+        if self.behind and self.compile == "whole": raise ContractError("got behind=True with compile='whole', whose backward pass is in one piece; accepted are 'no' and 'blocks': choose one of them, or leave behind out.")
         return s
 
     def build(self, size:Size, device:torch.device, seed:int=0) -> TransformerNP:
@@ -74,36 +79,49 @@ class Optimizer:
         weight_decay:float=.01,
         clip:float|None=None, # largest norm of the gradient; longer ones are shortened
         capturable:bool=False, # may a CUDA graph record it?
+        parts:list|None=None, # lists of parameters that may be updated on their own; None for one of all
+        adamw:str="auto", # "fused" masters and update in one pass, "reference", or "auto" for what suits the device
     ):
-        self.params, self.clip = [p for p in params], clip
-        self.low = [p for p in self.params if p.dtype == torch.bfloat16]
-        self.high = [p.detach().float() for p in self.low]
-        self.masters = self.high or self.params
-        cuda = self.masters[0].is_cuda
-        lr = torch.tensor(lr, device=self.masters[0].device) if cuda else lr
-        self.inner = torch.optim.AdamW(self.masters, lr=lr, weight_decay=weight_decay, fused=True, capturable=cuda and capturable)
+        self.params, self.clip = list(params), clip
+        self.parts, low, cuda = parts or [self.params], self.params[0].dtype == torch.bfloat16, self.params[0].is_cuda
+        self.fused = low and choose(adamw, *self.params)
+        self.lr = torch.tensor(lr, device=self.params[0].device) if cuda or self.fused else lr
+        if self.fused: self.inner = [AdamW(part, self.lr, weight_decay) for part in self.parts]
+        master = dict(zip((p for part in self.parts for p in part), (m for o in self.inner for m in o.views(o.theta)))) if self.fused else {p: p.detach().float() if low else p for p in self.params}
+        self.masters = [master[p] for p in self.params]
+        self.copies = [] if self.fused or not low else [[master[p] for p in part] for part in self.parts]
+        if not self.fused: self.inner = [torch.optim.AdamW([master[p] for p in part], lr=self.lr, weight_decay=weight_decay, fused=True, capturable=cuda and capturable) for part in self.parts]
 
     def set_lr(self, lr:float):
-        for group in self.inner.param_groups:
-            if isinstance(group["lr"], Tensor): group["lr"].fill_(lr)
-            else: group["lr"] = lr
+        if isinstance(self.lr, Tensor): self.lr.fill_(lr)
+        else:
+            for group in (g for o in self.inner for g in o.param_groups): group["lr"] = lr
 
     @torch.no_grad()
-    def step(self):
+    def step(self,
+        only:int|None=None, # a part whose gradients are complete; None for all
+    ):
         "Update from the gradients of the model's parameters."
-        if self.high:
-            for m in self.high:
-                if m.grad is None: m.grad = torch.empty_like(m)
-            torch._foreach_copy_([m.grad for m in self.high], [p.grad for p in self.low])
+        mine = range(len(self.parts)) if only is None else [only]
+        if self.fused:
+            factor = None
+            if self.clip: factor = (self.clip/(torch.stack(torch._foreach_norm([p.grad for p in self.params], 2, torch.float32)).norm() + 1e-6)).clamp(max=1.)
+            for i in mine: self.inner[i].step(factor)
+            return
+        for i in mine if self.copies else (): # fp32(g)
+            for m in self.copies[i]: m.grad = torch.empty_like(m) if m.grad is None else m.grad
+            torch._foreach_copy_([m.grad for m in self.copies[i]], [p.grad for p in self.parts[i]])
         if self.clip: torch.nn.utils.clip_grad_norm_(self.masters, self.clip, foreach=True)
-        self.inner.step()
-        if self.high: torch._foreach_copy_(self.low, self.high)
+        for i in mine: self.inner[i].step()
+        for i in mine if self.copies else (): torch._foreach_copy_(self.parts[i], self.copies[i])
 
     def zero_grad(self):
         for p in self.params: p.grad = None
 
     def tensors(self) -> list[Tensor]: # parameters, masters, moments and step counts
-        return [*self.params, *self.high, *(t for s in self.inner.state.values() for t in s.values() if isinstance(t, Tensor))]
+        if self.fused: return [*self.params, *(t for o in self.inner for t in o.tensors())]
+        states = [s for o in self.inner for s in o.state.values()]
+        return [*self.params, *(m for part in self.copies for m in part), *(t for s in states for t in s.values() if isinstance(t, Tensor))]
 
 # %% ../../nbs/neural_process/training.ipynb #d279a8f8
 def compile_parts(
@@ -119,6 +137,13 @@ def compile_parts(
         net.embed, net.score = torch.compile(net.embed, **kw), torch.compile(net.score, **kw)
     return net.loss
 
+# %% ../../nbs/neural_process/training.ipynb #503dcc3c
+def parts_of(net:TransformerNP) -> list[list[Tensor]]: # one for each block, and one of the rest
+    "The parameters in parts that are updated on their own."
+    blocks = [list(b.parameters()) for b in net.blocks]
+    own = {p for part in blocks for p in part}
+    return [*blocks, [p for p in net.parameters() if p not in own]]
+
 # %% ../../nbs/neural_process/training.ipynb #527f32b9
 class Step:
     "One training step, eager or replayed; shapes that it has not seen yet are set up when they come."
@@ -132,7 +157,10 @@ class Step:
     ):
         self.net, self.switches, self.device = net, switches.settle(net.embed1.device), net.embed1.device
         self.loss, self.slots = compile_parts(net, switches.compile, compiler), {}
-        self.optimizer = Optimizer(net.parameters(), lr, weight_decay, clip, switches.graph)
+        if switches.behind and clip: raise ContractError(f"got behind=True with clip={clip!r}, which needs the gradient of every parameter first; accepted is one of them: leave the other out.")
+        self.optimizer = Optimizer(net.parameters(), lr, weight_decay, clip, switches.graph, parts_of(net) if switches.behind else None, switches.adamw)
+        self.side = torch.cuda.Stream(self.device) if switches.behind and self.device.type == "cuda" else None
+        if switches.behind: net.passed = self.update_block
 
     def around(self): # the context of a whole step
         form = self.switches.attention.partition("-")[2] if isinstance(self.switches.attention, str) else ""
@@ -143,12 +171,18 @@ class Step:
     def precise(self): # the context of the forward pass
         return torch.autocast(self.device.type, torch.bfloat16) if self.switches.precision == "autocast" else nullcontext()
 
+    def update_block(self, i:int, _): # called when block i has been differentiated
+        if self.side is None: return self.optimizer.step(i)
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side): self.optimizer.step(i)
+
     def once(self, *buffers) -> Tensor: # the loss before the update
         self.optimizer.zero_grad()
         with self.around():
             with self.precise(): loss = self.loss(*buffers)
             loss.backward()
-        self.optimizer.step()
+        if self.side is not None: torch.cuda.current_stream().wait_stream(self.side)
+        self.optimizer.step(len(self.net.blocks) if self.switches.behind else None)
         return loss.detach()
 
     def __call__(self, batch:Batch) -> Tensor: # (), overwritten by the next step of this shape if it is a replay
@@ -246,7 +280,7 @@ def share(row:dict) -> float|None: # @eq-np-share
 
 # %% ../../nbs/neural_process/training.ipynb #095dbab1
 def _save(path, step, done, run):
-    state = dict(run=identity(run), done=done, optimizer=step.optimizer.inner.state_dict(), masters=[m.detach() for m in step.optimizer.masters])
+    state = dict(run=identity(run), done=done, optimizer=[o.state_dict() for o in step.optimizer.inner], masters=[m.detach() for m in step.optimizer.masters])
     torch.save(state, aside := path.with_name(f".{path.name}.tmp"))
     os.replace(aside, path)
 
@@ -258,9 +292,8 @@ def _load(path, step, run) -> int: # steps that are done
         tqdm.write(f"The checkpoint {path.name} cannot be read ({type(e).__name__}), so the run starts over.", file=sys.stderr)
         return 0
     if state["run"] != identity(run): return 0
-    for m, saved in zip(step.optimizer.masters, state["masters"], strict=True): m.copy_(saved)
-    if step.optimizer.high: torch._foreach_copy_(step.optimizer.low, step.optimizer.high)
-    step.optimizer.inner.load_state_dict(state["optimizer"])
+    for p, m, saved in zip(step.optimizer.params, step.optimizer.masters, state["masters"], strict=True): p.copy_(m.copy_(saved))
+    for o, saved in zip(step.optimizer.inner, state["optimizer"], strict=True): o.load_state_dict(saved)
     return state["done"]
 
 # %% ../../nbs/neural_process/training.ipynb #1feffce4
