@@ -25,7 +25,7 @@ from urllib.parse import unquote
 import yaml
 
 from assertions import Notebook, test_problems
-from pages import all_notebooks, link_across, nbdev, notebook_paths, owners, process, read_pages, run, stop
+from pages import all_notebooks, link_across, nbdev, notebook_paths, owners, parts, process, read_pages, read_parts, run, stop
 from readme import ROOT, bibliography, differences
 
 BY_PRODUCTS = (".git", ".venv", "_proc", "_docs", "out", "build", "dist", "*.egg-info", "__pycache__", ".ipynb_checkpoints", ".pytest_cache",
@@ -154,7 +154,12 @@ def page_problems(tree, host):
     for label in known:
         places = [cell for page in pages.values() for cell in page.labels.get(label, ())]
         if len(places) > 1: problems.append(f"The label {label} is given {len(places)} times: {', '.join(map(str, places))}.")
-    for page in pages.values():
+    printed = read_parts(tree, pages)
+    problems += [problem for page in printed.values() for problem in page.problems if problem not in problems]
+    for path, (title, held) in parts(tree).items():
+        lost = [label for page in held if page in pages for label in pages[page].labels if label not in printed[path].labels]
+        if lost: problems.append(f"{path}, which is to hold all of {title}, has not {', '.join(lost)}.")
+    for page in (*pages.values(), *printed.values()):
         for label, cell in page.references:
             name = label[0].lower() + label[1:]
             if name not in known: problems.append(f"{cell} refers to @{label}, which labels nothing on the site.")
@@ -218,9 +223,10 @@ def sidebar_problems(root):
         values = node if isinstance(node, list) else [node[key] for key in ("contents", "href", "file") if key in node]
         return [target for value in values for target in targets(value)]
     listed = targets(yaml.safe_load((root/"nbs"/"sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"])
-    paths = notebook_paths(root)
-    return ([f"nbs/{path} is not in nbs/sidebar.yml." for path in paths if path not in listed]
-            + [f"nbs/sidebar.yml lists {path}, which does not exist." for path in listed if not (root/"nbs"/path).exists()]
+    paths, whole = notebook_paths(root), parts(root)
+    return ([f"nbs/sidebar.yml does not list {path}, all of {title} on one page: put it below the pages of that part." for path, (title, _) in whole.items() if path not in listed]
+            + [f"nbs/{path} is not in nbs/sidebar.yml." for path in paths if path not in listed]
+            + [f"nbs/sidebar.yml lists {path}, which does not exist." for path in listed if not (root/"nbs"/path).exists() and path not in whole]
             + [f"nbs/sidebar.yml lists {path} {listed.count(path)} times." for path in dict.fromkeys(listed) if listed.count(path) > 1])
 
 

@@ -1,5 +1,6 @@
 """The site: its notebooks, the pages that nbdev makes of them and, run as a script, the whole of it, built by Quarto into _docs."""
 import ast
+import html
 import json
 import os
 import posixpath
@@ -132,11 +133,20 @@ def process(tree):
     if status != 0: return output or "no output"
     for page in notebook_paths(tree):
         if (tree/"_proc"/page).exists(): arrange(tree/"_proc"/page)
+    for path in parts(tree): join(tree, path)
 
 
 def arrange(file):
-    "Put what a processed page says of its definitions in front of the cell that shows them, and leave out what that cell says itself."
+    """Put what a processed page says of its definitions in front of the cell that shows them, and leave out what that cell says itself.
+
+    A figure that brings words for those who cannot see it gets them as its alt text, and a link that nbdev made inside a link goes.
+    """
     notebook = json.loads(file.read_text(encoding="utf-8"))
+    for raw in notebook["cells"]:
+        describe(raw)
+        for part in (raw, *(o.get("data", {}) for o in raw.get("outputs", ()))):
+            for name in {"source"} if part is raw and raw["cell_type"] == "markdown" else {"text/markdown"} & part.keys():
+                part[name] = unnest("".join(part[name])).splitlines(keepends=True)
     cells = [Cell(file.name, i + 1, raw) for i, raw in enumerate(notebook["cells"])]
     documented = {match[1]: cell for cell in cells if (match := re.search(r"^show_doc\((\w+)\)", cell.code, re.MULTILINE))}
     names = {cell.number: [node.name for node in cell.body if getattr(node, "name", None) in documented]
@@ -147,6 +157,22 @@ def arrange(file):
     notebook["cells"] = [part.raw for cell in cells if cell.number not in moved
                          for part in (*(documented[name] for name in names.get(cell.number, ())), cell)]
     file.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def unnest(text):
+    "Markdown in which no link stands inside another, and none leads to a private name: nbdev links every name in backticks that it knows."
+    def change(part):
+        part = re.sub(r"\[(`_\w+`)\]\([^()\s]*#_\w+\)", r"\1", part)
+        return re.sub(r"\[([^\[\]]*)\[(`[^`\]]+`)\]\([^()\s]*\)([^\[\]]*)\](?=\()", r"[\1\2\3]", part)
+    return outside_blocks(text, change)
+
+
+def describe(raw):
+    "Give a figure without an alt text the words that it brings itself, as what `theria.report.draw` draws does."
+    directives, code = split_directives("".join(raw["source"])) if raw["cell_type"] == "code" else ({}, "")
+    drawn = [match[1] for output in raw.get("outputs", ()) if (match := re.search(r'<svg\b[^>]*\baria-label="([^"]+)"', "".join(output.get("data", {}).get("image/svg+xml", ""))))]
+    if drawn and not directives.get("fig-alt"):
+        raw["source"] = [f"#| fig-alt: {json.dumps(html.unescape('; '.join(drawn)), ensure_ascii=False)}\n", *"".join(raw["source"]).splitlines(keepends=True)]
 
 
 def mark_exported(cell):
@@ -168,6 +194,12 @@ def shorten(cell, name, whole):
 
 
 # Pages
+
+def outside_blocks(text, change):
+    "Apply `change` to the parts of a Markdown text that are not fenced code."
+    parts = re.split(r"(^```.*?^```\s*?$)", text, flags=re.DOTALL | re.MULTILINE)
+    return "".join(part if i % 2 else change(part) for i, part in enumerate(parts))
+
 
 def without_blocks(text):
     "Markdown without fenced code and comments."
@@ -225,8 +257,8 @@ class Page:
             kind, stored = label[:4], ("text/html", "text/markdown") if label.startswith("tbl-") else ("text/html", *IMAGES)
             if kind in ("fig-", "tbl-") and not any(cell.texts(*stored)): self.problems.append(f"{cell} is labeled {label} but stores nothing of the kind.")
             if kind in ("fig-", "tbl-") and not options.get(f"{kind}cap"): self.problems.append(f"{cell} has no caption: add #| {kind}cap.")
-        if shown and any(cell.texts(*IMAGES)) and not (options.get("fig-cap") or options.get("fig-alt")):
-            self.problems.append(f"{cell} shows a figure without a caption: add #| fig-cap or #| fig-alt.")
+        if shown and any(cell.texts(*IMAGES)) and not options.get("fig-alt"):
+            self.problems.append(f"{cell} shows a figure and has no words for those who cannot see it: add #| fig-alt.")
         for option in ("fig-cap", "tbl-cap"): self.read_text(options.get(option, ""), cell)
         for text in cell.texts("text/markdown") if shown else (): self.read_text(text, cell)
         for text in cell.texts("text/html") if shown else (): self.read_tags(text, cell)
@@ -244,6 +276,7 @@ class Page:
             (self.references if re.fullmatch(CROSS_REFERENCE, mark, re.IGNORECASE) else self.citations).append((mark, cell))
         for image, words, target in LINK.findall(prose):
             self.links.append((target, cell))
+            if "](" in words: self.problems.append(f"{cell} has a link within the link to {target}, which shows as brackets: leave one of them.")
             if image and not words.strip(): self.problems.append(f"{cell} shows the image {target} without a description: write it between the brackets.")
         self.links += [(target, cell) for target in re.findall(r"^\[[^\]^@]+\]:\s*<?([^\s>]+)", prose, re.MULTILINE)]
         self.read_tags(prose, cell)
@@ -269,6 +302,71 @@ def read_pages(tree):
     return pages
 
 
+# Parts: the pages of each part once more as one page, to print
+
+def parts(root):
+    "The parts of the site, {page that holds all of one: (its title, its pages in reading order)}, from nbs/sidebar.yml."
+    contents = yaml.safe_load((root/"nbs"/"sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    sections = [entry for entry in contents if isinstance(entry, dict) and str(entry.get("section", "")).startswith("Part ")]
+    return {f"print/{identifier(s['section'].partition(': ')[2])}.ipynb": (s["section"], [page for page in s["contents"] if isinstance(page, str)]) for s in sections}
+
+
+def join(tree, path):
+    "Write the page that holds all of a part, from its processed pages: links lead to the pages themselves, labels are numbered through."
+    title, pages = parts(tree)[path]
+    cells, contents = [], []
+    for page in pages:
+        if not (tree/"_proc"/page).exists(): continue  # reported elsewhere
+        here = json.loads((tree/"_proc"/page).read_text(encoding="utf-8"))["cells"]
+        header = yaml.safe_load("".join(here[0]["source"]).strip().strip("-")) if here[0]["cell_type"] == "raw" else {}
+        anchor, name = "page-" + page.removesuffix(".ipynb").replace("/", "-"), header.get("title", page)
+        contents.append(f"- [{name}](#{anchor})\n")
+        cells.append(markdown_cell(anchor, f"# {name} {{#{anchor}}}\n\n[{header.get('description', '')}]{{.claim}}\n"))
+        for cell in here[1:] if header else here:
+            cells.append({**cell, **({"source": rebase(cell["source"], page)} if cell["cell_type"] == "markdown" else {})})
+            if "outputs" in cell: cells[-1]["outputs"] = [rebase_output(output, page) for output in cell["outputs"]]
+    front = dict(title=title, description="Every page of this part on one, in reading order, to be printed or saved as a PDF by the browser.",
+                 search=False, lightbox=False, **{"toc-depth": 1, "body-classes": "part"})
+    opening = [{"cell_type": "raw", "id": "front", "metadata": {}, "source": f"---\n{yaml.safe_dump(front)}---\n".splitlines(keepends=True)},
+               markdown_cell("contents", "".join(contents))]
+    notebook = dict(cells=opening + cells, metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3")), nbformat=4, nbformat_minor=5)
+    (tree/"_proc"/path).parent.mkdir(exist_ok=True)
+    (tree/"_proc"/path).write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def markdown_cell(name, text): return {"cell_type": "markdown", "id": name[:64], "metadata": {}, "source": text.splitlines(keepends=True)}
+
+
+def rebase(text, page):
+    "Markdown lines of a page with the links they need in the folder print/; anchors lead to the page, for here they would not be unique."
+    def move(match):
+        target = match[2]
+        if re.match(r"[a-zA-Z][\w+.-]*:|/", target): return match[0]
+        address, mark, anchor = target.partition("#")
+        there = posixpath.join(posixpath.dirname(page), address) if address else page
+        return match[1] + posixpath.relpath(there, "print") + mark + anchor
+    text = re.sub(r"^::: \{#\w+\}\n:::\n", "", "".join(text), flags=re.MULTILINE)  # an anchor that `shorten` left
+    change = lambda part: re.sub(r"""(\]\(\s*<?|\b(?:src|href)\s*=\s*["']|^\[[^\]]+\]:\s*)([^\s)>"']+)""", move, part, flags=re.MULTILINE)
+    return outside_code(text, change).splitlines(keepends=True)
+
+
+def rebase_output(output, page):
+    kinds = [kind for kind in ("text/markdown", "text/html") if kind in output.get("data", {})]
+    return {**output, "data": {**output["data"], **{kind: rebase(output["data"][kind], page) for kind in kinds}}} if kinds else output
+
+
+def read_parts(tree, pages):
+    "The pages that hold a whole part; their cells are called what they are called in the notebooks they come from."
+    named = {cell.raw["id"]: cell for page in pages.values() for cell in page.cells if "id" in cell.raw}
+    found = {}
+    for path in parts(tree):
+        cells = read_cells(tree/"_proc", path)
+        for cell in cells:
+            if there := named.get(cell.raw.get("id")): cell.page, cell.number = there.page, there.number
+        found[path] = Page(path, cells)
+    return found
+
+
 def owners(pages):
     "Which page gives each label."
     return {label: page for page in pages.values() for label in page.labels}
@@ -282,13 +380,13 @@ def link_across(tree):
     def rewrite(text, page):
         def change(match):
             label = match[1][0].lower() + match[1][1:]
-            if label not in owner or owner[label] is page: return match[0]
+            if label not in owner or label in page.labels: return match[0]
             there = posixpath.relpath(owner[label].path, posixpath.dirname(page.path) or ".")
             return f"[{owner[label].number(label)} in “{owner[label].title}”]({there}#{label})"
         # a list of lines: Quarto would run the lines of a single string together
         return outside_code("".join(text), lambda part: REFERENCE.sub(change, part)).splitlines(keepends=True)
 
-    for page in pages.values():
+    for page in (*pages.values(), *read_parts(tree, pages).values()):
         file = tree/"_proc"/page.path
         notebook = json.loads(file.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:

@@ -92,7 +92,7 @@ def test_the_command_itself_imports_neither_pytorch_nor_matplotlib():
 
 
 @pytest.mark.parametrize("words, expected", [("theria con", ["contract"]), ("theria contract --preset ", ["quick", "full"]),
-                                             ("theria maml --estimator FO", ["FO", "FO_STRICT"]), ("theria audit --dt", ["--dtype"])])
+                                             ("theria maml --estimator FO", ["FO", "FO_STRICT"]), ("theria audit --dt", ["--dtype"]), ("theria reproduce tbl-index-w", ["tbl-index-where"])])
 def test_completion(words, expected):
     env = dict(_THERIA_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1))
     out = CliRunner().invoke(cli.app, [], prog_name="theria", env=env).stdout

@@ -33,6 +33,9 @@ def text(value): return {"output_type": "execute_result", "execution_count": Non
 def png(): return {"output_type": "display_data", "metadata": {}, "data": {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"}}
 
 
+def svg(words): return {"output_type": "execute_result", "execution_count": None, "metadata": {}, "data": {"image/svg+xml": f'<svg viewBox="0 0 1 1" role="img" aria-label="{words}"></svg>'}}
+
+
 TITLE = md("# Doubling\n\n> Twice a thing is the thing added to itself.")
 DOUBLE = [TITLE, code("#| default_exp attention.double"), code("#| hide\nfrom fastcore.test import test_eq"),
           md("Two halves make one whole [@ada1843]:\n\n$$ 2x = x + x $$ {#eq-double}\n\nand @eq-double is what we write, for `@eq-nothing` at all."),
@@ -178,7 +181,9 @@ def page_faults(house, *cells, index=INDEX):
     (md("[start](../index.ipynb#nowhere)"), ("../index.ipynb#nowhere", "no such anchor")),
     (md("[below](#nowhere)"), ("#nowhere", "no such anchor")),
     (md(f"[`gone`]({HOST}/attention/gone.html#gone)"), ("gone.html", "does not exist")),
-    (code("double(5)", png()), ("cell 7", "caption")),
+    (code("double(5)", png()), ("cell 7", "fig-alt")),
+    (code("#| label: fig-five\n#| fig-cap: Five\ndouble(5)", png()), ("cell 7", "fig-alt")),
+    (md("[see [here](../index.ipynb) too](../index.ipynb)"), ("cell 7", "link within the link")),
     (code("#| label: fig-five\n#| fig-cap: Five\ndouble(5)"), ("fig-five", "stores nothing")),
     (code("#| label: fig-five\ndouble(5)", png()), ("cell 7", "fig-cap")),
     (code("double(5)", {"output_type": "execute_result", "execution_count": None, "metadata": {}, "data": {"text/markdown": "By @eq-triple."}}), ("cell 7", "@eq-triple")),
@@ -190,7 +195,7 @@ def test_page_faults(house, cell, words):
 @pytest.mark.parametrize("cell", [
     md("## A *new* part, `with` code\n\n[here](#a-new-part-with-code)"), md("mail@eq-mail.org and `@gone`, \\@ada, ${@gone}$"),
     md("```\n@eq-gone [x](gone.png)\n```"), md("[@ada1843; @eq-double] and [web](https://example.org/@gone)"), md("![A plan](../refs.bib){#fig-plan}\n\nSee @fig-plan."),
-    md("[index](../index.html)"), code("#| label: fig-five\n#| fig-cap: 'Five, by @eq-double'\ndouble(5)", png())])
+    md("[index](../index.html)"), code("#| label: fig-five\n#| fig-cap: 'Five, by @eq-double'\n#| fig-alt: A five\ndouble(5)", png())])
 def test_sound_pages(house, cell): assert page_faults(house, cell) == []
 
 
@@ -202,13 +207,70 @@ def test_reference_to_another_page_becomes_a_link(house):
 
 
 def test_references_in_tables_and_of_other_kinds_become_links(house):
-    there = [*INDEX, code("#| label: fig-plan\n#| fig-cap: A plan.\ndouble(5)", png()), md("## Twice {#sec-twice}")]
+    there = [*INDEX, code("#| label: fig-plan\n#| fig-cap: A plan.\n#| fig-alt: A plan\ndouble(5)", png()), md("## Twice {#sec-twice}")]
     table = {"output_type": "execute_result", "execution_count": None, "metadata": {}, "data": {"text/markdown": "| see @fig-plan |\n|---|"}}
     page_faults(house, md("As in @Fig-plan, and\nin [-@fig-plan]; `@fig-plan`\n\n```\n@fig-plan\n```"), code("double(6)", table), index=there)
     *_, prose, cell = pages.read_cells(house, "_proc/attention/double.ipynb")
     link = "[Figure 1 in “index”](../index.ipynb#fig-plan)"
     assert prose.source == f"As in {link}, and\nin {link}; `@fig-plan`\n\n```\n@fig-plan\n```"
     assert next(cell.texts("text/markdown")) == f"| see {link} |\n|---|"
+
+
+def test_figures_bring_their_words_and_links_do_not_nest(house):
+    write(house, "nbs/attention/double.ipynb", DOUBLE + [code("double(5)", svg("A &lt;five&gt;")), md("[see `double` too](../index.ipynb), not `double`")])
+    assert pages.process(house) is None and check.page_problems(house, HOST) == []
+    *_, figure, prose = pages.read_cells(house, "_proc/attention/double.ipynb")
+    assert figure.directives["fig-alt"] == "A <five>" and figure.code.strip() == "double(5)"
+    assert prose.source == f"[see `double` too](../index.ipynb), not [`double`]({HOST}/attention/double.html#double)"
+
+
+PARTS = """website:
+  sidebar:
+    contents:
+      - index.ipynb
+      - section: "Part I: the numbers"
+        contents: [attention/double.ipynb, attention/triple.ipynb, {text: all, href: print/the-numbers.ipynb}]
+"""
+
+
+def with_a_part(house, *cells):
+    "A house whose second part page refers to the first, with `cells` at its end, processed as the site is."
+    write(house, "nbs/attention/triple.ipynb", [md("# Tripling\n\n> More."), md("$$ 3x = 2x + x $$ {#eq-triple}\n\nSee @eq-double, @eq-triple and @eq-start."), *cells])
+    write(house, "nbs/index.ipynb", [INDEX[0], md("$$ a $$ {#eq-start}")])
+    (house/"nbs/sidebar.yml").write_text(PARTS)
+    assert pages.process(house) is None
+    pages.link_across(house)
+    return pages.read_cells(house, "_proc/print/the-numbers.ipynb")
+
+
+def test_a_private_name_is_no_link(house):
+    private = code("#| export\ndef _half(x): return x/2")
+    write(house, "nbs/attention/double.ipynb", [*DOUBLE, private, code("assert _half(2) == 1"), md("`_half` and `double`")])
+    assert pages.nbdev("doclinks.nbdev_export()", house)[0] == 0 and pages.process(house) is None
+    assert pages.read_cells(house, "_proc/attention/double.ipynb")[-1].source == f"`_half` and [`double`]({HOST}/attention/double.html#double)"
+
+
+def test_a_part_is_also_one_page(house):
+    cells = with_a_part(house, md("[one](../index.ipynb), [two](double.ipynb#eq-double), [three](#below), `[four](x)`\n\n## Below"))
+    text = "\n".join(cell.source for cell in cells)
+    assert text.index("# Doubling {#page-attention-double}") < text.index("{#eq-double}") < text.index("# Tripling") < text.index("{#eq-triple}")
+    assert "See @eq-double, @eq-triple and [Equation 1 in “theria”](../index.ipynb#eq-start)." in text  # numbered through, except what lies outside
+    assert "[one](../index.ipynb), [two](../attention/double.ipynb#eq-double), [three](../attention/triple.ipynb#below), `[four](x)`" in text
+    assert cells[0].kind == "raw" and "Part I: the numbers" in cells[0].source and "search: false" in cells[0].source
+    assert check.page_problems(house, HOST) == []
+
+
+def test_a_part_that_lost_something(house):
+    with_a_part(house)
+    file = house/"_proc/print/the-numbers.ipynb"
+    file.write_text(file.read_text().replace("{#eq-triple}", ""))
+    assert any(all(word in problem for word in ("print/the-numbers.ipynb", "Part I: the numbers", "eq-triple")) for problem in check.page_problems(house, HOST))
+
+
+def test_a_part_that_the_sidebar_does_not_offer(house):
+    (house/"nbs/sidebar.yml").write_text(PARTS.replace(", {text: all, href: print/the-numbers.ipynb}", ""))
+    write(house, "nbs/attention/triple.ipynb", [TITLE])
+    assert said(check.sidebar_problems(house), "print/the-numbers.ipynb", "Part I: the numbers")
 
 
 def test_references_within_a_page_are_left_to_quarto(house):

@@ -1,12 +1,16 @@
 """The package as others get it: built, unpacked where nothing of the development tools exists, imported, and asked for its attention."""
 import ast
+import importlib
 import inspect
 import os
 import re
 import subprocess
 import sys
 import tarfile
+import types
+import typing
 import zipfile
+from collections.abc import Collection
 from configparser import ConfigParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -110,6 +114,32 @@ def test_type_checkers_see_what_the_package_offers():
     for name in theria.__all__:
         signature = inspect.signature(getattr(theria, name))
         assert all(p.annotation is not p.empty or p.default is not p.empty or p.name == "self" for p in signature.parameters.values()), name
+
+
+def fits(value, hint):
+    "Whether a default is what its hint says; () is the empty default of every collection."
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType): return any(fits(value, argument) for argument in arguments)
+    if origin is typing.Literal: return value in arguments
+    kind = origin or hint
+    if kind in (int, float): return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    return kind is typing.Any or not isinstance(kind, type) or isinstance(value, kind) or value == () and issubclass(kind, Collection)
+
+
+@pytest.mark.parametrize("value, hint, good", [(1, int, True), (True, int, False), (1, float, True), (None, int | None, True), (None, int, False), ("a", typing.Literal["a"], True),
+                                               ("b", typing.Literal["a"], False), ((), list[int], True), ((1,), list[int], False), (1, typing.Any, True)])
+def test_what_fits(value, hint, good): assert fits(value, hint) == good
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "theria.cli"])  # the command's defaults are text, which its parsers read
+def test_type_hints_resolve_and_fit_their_defaults(module):
+    found = importlib.import_module(module)
+    public = [getattr(found, name) for name in getattr(found, "__all__", ())]
+    functions = [f for thing in public for f in ([thing] if inspect.isfunction(thing) else [*vars(thing).values()] if inspect.isclass(thing) and thing.__module__ == module else []) if inspect.isfunction(f)]
+    for function in functions:
+        hints = typing.get_type_hints(function)  # a name that does not exist raises here
+        wrong = {n: p.default for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty and n in hints and not fits(p.default, hints[n])}
+        assert not wrong, f"{module}.{function.__qualname__}: {wrong}"
 
 
 def test_the_changelog_has_this_version():

@@ -191,7 +191,7 @@ def theria(ctx:typer.Context,
     if ctx.invoked_subcommand is None: typer.echo(ctx.get_help())
 
 # %% ../nbs/cli.ipynb #f8d7bea4
-BACKENDS = ("auto", "reference", "triton_ref", "triton_fast", "triton_fused", "triton_full_fused", "sdpa")
+BACKENDS = ("auto", "reference", "triton_ref", "triton_fast", "triton_fused", "triton_full_fused", "triton_fp8", "sdpa")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 Seed = typer.Option("--seed", metavar="N", parser=whole("--seed"), help="Seed of everything that is random.")
@@ -589,9 +589,14 @@ def show(file:Annotated[str, typer.Argument(metavar="FILE", show_default=False, 
     else: show_file(Path(file))
 
 # %% ../nbs/cli.ipynb #6954123f
+def _labels(): # for completion, which says nothing where there is no checkout
+    from theria.reproduce import all_shown
+    try: return [s.label for s in all_shown()]
+    except ValueError: return []
+
 @app.command()
 def reproduce(
-    label:Annotated[str, typer.Argument(metavar="[LABEL]", show_default=False, help="A figure or table, such as fig-audit-matrix; left out, all are listed.")]="",
+    label:Annotated[str, typer.Argument(metavar="[LABEL]", show_default=False, autocompletion=lambda: _labels(), help="A figure or table, such as fig-audit-matrix, or a page, such as paper/claim; left out, all labels are listed.")]="",
     run:Annotated[bool, typer.Option("--run", help="Run the commands, and not only print them.")]=False,
 ):
     """Which command computed a figure or table of the site? Print it, or run it; from a checkout.
@@ -611,7 +616,8 @@ def reproduce(
 def _shell(command): # as one would type it
     import shlex
     words = list(command)
-    return shlex.join(["theria", *words[3:]] if words[1:3] == ["-m", "theria"] else words[2:] if words[1] == "-m" else words)
+    if words[1:3] == ["-m", "torch.distributed.run"]: return shlex.join(["torchrun", *words[3:]])
+    return shlex.join(["theria", *words[3:]] if words[1:3] == ["-m", "theria"] else words[2:] if words[1] == "-m" else ["python", *words[1:]])
 
 # %% ../nbs/cli.ipynb #0c79e9d5
 def main(

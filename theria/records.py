@@ -63,13 +63,17 @@ _PATH = re.compile(r"(?<![\w.:/~-])(?:~|/)[^\s:=,;'\"]*")   # an absolute path, 
 
 def public_command(
     argv:list[str], # the arguments of a process, `argv[0]` the program
+    ranks:int=1, # processes that torchrun started on this machine
 ) -> str: # the command as it can be published
     "Write a command line without absolute paths."
     here = Path.cwd()
     def short(m):
         p = Path(m[0]).expanduser()
         return str(p.relative_to(here)) if p.is_relative_to(here) else p.name or m[0]
-    return shlex.join(["python" if argv[0] == "-c" else Path(argv[0]).name, *(_PATH.sub(short, a) for a in argv[1:])]) if argv else ""
+    if not argv: return ""
+    program = ["python" if argv[0] == "-c" else Path(argv[0]).name]
+    if ranks > 1: program = ["torchrun", "--nproc-per-node", str(ranks), *(["-m", "theria"] if program[0] in ("theria", "cli.py", "__main__.py") else program)]
+    return shlex.join([*program, *(_PATH.sub(short, a) for a in argv[1:])])
 
 # %% ../nbs/records.ipynb #a1a20d9e
 _ROOT = Path(theria.__file__).parent
@@ -116,7 +120,7 @@ def provenance(
         platform=f"{platform.system()} {platform.machine()}", python=platform.python_version(),
         theria=theria.__version__, **{p: _version(p) for p in ("torch", "triton", "numpy")},
         interpreter=os.environ.get("TRITON_INTERPRET") == "1", source=source_hash(), **git_state(),
-        command=public_command(sys.argv), utc=datetime.now(UTC).isoformat(timespec="seconds"))
+        command=public_command(sys.argv, int(os.environ.get("LOCAL_WORLD_SIZE", 1))), utc=datetime.now(UTC).isoformat(timespec="seconds"))
 
 # %% ../nbs/records.ipynb #da5a8c3c
 def write_atomic(

@@ -68,4 +68,4 @@ def on_gpu(
 ) -> Table|str: # the table of the first stored survey of a GPU, or a sentence
     "The stored survey of a GPU."
     gpus = [p for p in sorted(Path(folder).glob("where-*.json")) if p.stem != "where-cpu"]
-    return survey_table(Record(gpus[0]).rows(every_run=True)) if gpus else "There is no stored survey of a GPU yet; `theria audit all --device cuda --json nbs/results/where-h200.json` makes one."
+    return survey_table(Record(gpus[0]).rows(every_run=True)) if gpus else "**Not measured yet.** There is no stored survey of a GPU; `theria audit all --device cuda --json nbs/results/where-h200.json` makes one."
