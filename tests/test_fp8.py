@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from theria.attention import fp8, reference
 from theria.attention.contract import BackendUnavailable, ContractError, rel_err
+from theria.attention.custom import sdpa_custom
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -129,6 +130,15 @@ def test_refusals():
     with pytest.raises(ContractError, match="bfloat16"): fp8.sdpa_fp8(*(y.half() for y in x))
     with pytest.raises(BackendUnavailable, match="8.9 or newer"): fp8.sdpa_fp8(*(y.to("meta") for y in x))
     with pytest.raises(ContractError, match="scale"): fp8.sdpa_fp8(*x, scale=-1)
+
+
+def test_it_is_a_backend_of_the_door():
+    x = inputs(9, 12, 64)
+    for kw in (dict(), dict(is_causal=True), dict(scale=.3)):
+        assert torch.equal(sdpa_custom(*x, backend="triton_fp8", **kw), fp8.sdpa_fp8(*x, **kw))
+    for bad, words in ((dict(dropout_p=.1), "got attn_mask or dropout_p"), (dict(attn_mask=torch.ones(9, 12, dtype=torch.bool, device=DEVICE)), "got attn_mask or dropout_p"), (dict(stats="frozen"), "got stats='frozen'")):
+        with pytest.raises(ContractError, match=words): sdpa_custom(*x, backend="triton_fp8", **bad)
+    with pytest.raises(ContractError, match="accepted is bfloat16"): sdpa_custom(*(y.half() for y in x), backend="triton_fp8")
 
 
 def test_an_older_gpu_is_refused_by_name(monkeypatch):

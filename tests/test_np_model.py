@@ -114,7 +114,7 @@ def test_blocks_share_one_compilation(attention, parts, precision, rows):
     "Four blocks, one graph, or two if the last computes less; embedding and score have one each. The compiler sees theria's operators as they are."
     from torch._dynamo.testing import CompileCounterWithBackend
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    switches, counter, batch = Switches(attention, rows, parts, parts, parts, precision), CompileCounterWithBackend("aot_eager"), tasks(1, 4, 3, dtype=torch.float32, device=device)
+    switches, counter, batch = Switches(attention, rows, parts, parts, parts, precision=precision), CompileCounterWithBackend("aot_eager"), tasks(1, 4, 3, dtype=torch.float32, device=device)
     torch._dynamo.reset()
     compiled, plain = (switches.build(Size(16, 4, 1, 21, 3), device) for _ in range(2))
     loss, expected = compile_parts(compiled, "blocks", counter)(*batch), plain.loss(*batch)

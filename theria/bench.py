@@ -11,11 +11,11 @@ __all__ = ['NEEDED', 'EXECUTED', 'TRAFFIC', 'PASSES', 'FIRST', 'SECOND', 'JVP_PA
            'captured', 'kernel_names', 'split_names', 'kernels_of', 'add_up', 'ceilings', 'Work', 'first_run', 'Bench',
            'steady', 'work_through', 'name_kernels', 'specialization', 'compile_ahead', 'call_ahead', 'case_of',
            'timed', 'comparison', 'kernel_table', 'to_terminal', 'latest', 'summary', 'plot_lengths', 'grid_batch',
-           'select', 'length_figure', 'speedups', 'speedup_figure', 'plot_roofline', 'roofline', 'Grid', 'plan_sdpa',
-           'plan_second_order', 'cut', 'usable', 'default_folder', 'environment', 'run_plan', 'search_space', 'saved',
-           'host_call', 'alone', 'compile_only', 'bounds', 'checked', 'ragged', 'try_candidates', 'final',
-           'right_at_the_edges', 'search', 'entry_of', 'table_text', 'merge_table', 'pinned_table', 'winners_table',
-           'run_tune', 'read_rows', 'show_file', 'merge_files', 'origin', 'on_file']
+           'select', 'length_figure', 'speedups', 'speedup_figure', 'case_figure', 'plot_roofline', 'roofline', 'Grid',
+           'plan_sdpa', 'plan_second_order', 'cut', 'usable', 'default_folder', 'environment', 'run_plan',
+           'search_space', 'saved', 'host_call', 'alone', 'compile_only', 'bounds', 'checked', 'ragged',
+           'try_candidates', 'final', 'right_at_the_edges', 'search', 'entry_of', 'table_text', 'merge_table',
+           'pinned_table', 'winners_table', 'run_tune', 'read_rows', 'show_file', 'merge_files', 'origin', 'on_file']
 
 # %% ../nbs/bench.ipynb #a21caf10
 import gc, importlib, json, math, multiprocessing, os, re, sys, tempfile, time, warnings
@@ -775,6 +775,23 @@ def speedup_figure(rows:list, over:str="math", mode:str="eager", grid:str="", **
         _lines(lines, dict(zip(lines, SERIES)), f"time of {over} ÷ time of theria", ax, logarithmic=False)
         ax.axhline(1, color=LIGHT["soft"], linewidth=.8)
     return draw(plot, f"Speed of theria over {over} against the length, one line for each pass: {', '.join(lines)}", width=6.2)
+
+# %% ../nbs/bench.ipynb #eecdd441
+def case_figure(rows:list, name:str, what:str, mode:str="eager") -> Svg: # what: a key of `AXES`
+    "Time, rate or memory of one pass, case by case."
+    cases = timed(rows, name, mode)
+    there = [c for c in CONTENDERS if any(c in by for by in cases.values())]
+    def plot(ax):
+        for c in there:
+            points = [(by[c][what]/(2**20 if what == "memory" else 1), i) for i, by in enumerate(cases.values()) if c in by and by[c][what] is not None]
+            if points: ax.plot(*zip(*points), label=c, **LOOK.get(c, SERIES[4]) | dict(linestyle="none"))
+        ax.set_yticks(range(len(cases)), list(map(str, cases)))
+        ax.invert_yaxis()
+        ax.set(xlabel=AXES[what])
+        if what == "tflops": ax.set_xlim(left=0)
+        else: ax.set_xscale("log")
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return draw(plot, f"{AXES[what]} of {name} in {len(cases)} cases, one mark for each of {', '.join(there)}", width=6.4, height=.8 + .32*len(cases))
 
 # %% ../nbs/bench.ipynb #b125e8af
 def plot_roofline(rows:list, matmul:float, copy:float, ax):

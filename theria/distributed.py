@@ -52,6 +52,8 @@ def run_ranks(
         return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(world)]
 
 # %% ../nbs/distributed.ipynb #f06c6a5e
+_gather_single, _scatter_single = (getattr(dist, new, None) or getattr(dist, old) for new, old in (("all_gather_single", "all_gather_into_tensor"), ("reduce_scatter_single", "reduce_scatter_tensor"))) # PyTorch 2.13 has renamed them
+
 def _all_gather(x, group): # (n, …) of each rank -> (W·n, …)
     out = x.new_empty(dist.get_world_size(group)*x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(out, x.contiguous(), group=group)
@@ -60,7 +62,7 @@ def _all_gather(x, group): # (n, …) of each rank -> (W·n, …)
 def _reduce_scatter(x, group): # (W·n, …) of each rank -> (n, …), the sum over ranks of the own part
     wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     out = wide.new_empty(x.shape[0]//dist.get_world_size(group), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, wide, group=group)
+    _scatter_single(out, wide, group=group)
     return out.to(x.dtype)
 
 # %% ../nbs/distributed.ipynb #b342909a

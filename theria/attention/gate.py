@@ -107,7 +107,9 @@ def miscompiled(
 SHARED = {80: 166_912, 90: 232_448} # bytes
 
 def spills_allowed(op, dtype, D, pinned): # bytes per thread
-    if dtype == "float32": return 32_768 if D > 128 and op in ("jvp", "tangent_q", "tangent_kv") else 2048
+    if dtype == "float32" and D > 128 and op in ("jvp", "tangent_q", "tangent_kv", "backward_bias", "tangent_bias"): return 32_768
+    if op == "tangent_bias": return 16_384
+    if dtype == "float32": return 2048
     return 1280 if pinned or D > 128 else 256 if op == "backward_atomic" else 128
 
 def candidates(arch): # every configuration that a lookup on this architecture can return: (op, dtype, D, causal, Config), and whether it is from the table

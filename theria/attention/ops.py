@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 # %% ../../nbs/attention/ops.ipynb #13a2e843
-from . import hopper_backward, hopper_forward, hopper_tangent # file the kernels for Hopper
+from . import double_short, hopper_backward, hopper_forward, hopper_tangent # file the special kernels
 from .backward import backward as _backward
 from .forward import forward as _forward
 from .jvp import jvp as _jvp

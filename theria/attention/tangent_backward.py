@@ -13,7 +13,7 @@ from torch import Tensor
 
 # %% ../../nbs/attention/tangent_backward.ipynb #b9681543
 from . import tuning
-from .backward import query_range, store_bias_tile
+from .backward import backward, query_range, store_bias_tile
 from .forward import bias_kind, bias_strides, carries, dropout, key_range, padded, place, precision, scale_log2, shapes_of
 from .hull import hide_outside, hull, hull_range, hull_strides, worth_a_hull
 from .jvp import add_bias_tangent, jvp, pair, pair_tangent, strides3
@@ -273,11 +273,22 @@ def _after(q, k, v, bias, seed, L, do, t, tdo, scale, is_causal, dropout_p, bias
         *strides3(q, k, v, do, tq, tk, tv, tdo), *biases, B, Hq, *numbers, nb, nh, ni, nj), c, SUM_I=ni < Lq, SUM_J=nj < Lk, BM=c.BM, BN=c.BN, **common)
 
 # %% ../../nbs/attention/tangent_backward.ipynb #12e1ee3e
-def _plan_tangent(x, scale, is_causal, dropout_p, bias_grad, config_q, config_kv, prec):
+def _halves(scale, is_causal, dropout_p, bias_grad): # @eq-linear
+    kw = dict(scale=scale, is_causal=is_causal, dropout_p=dropout_p, bias_grad=bias_grad)
+    def run(*x):
+        moved = tangent_backward(*x[:13], None, None, *x[15:], halves=False, **kw)
+        for a, b in zip(moved, backward(*x[:7], *x[13:15], **kw)):
+            if a is not None: a.add_(b)
+        return moved
+    return run
+
+def _plan_tangent(x, scale, is_causal, dropout_p, bias_grad, halves, config_q, config_kv, prec):
     q, k, v, bias, seed, o, L, do, dL, tq, tk, tv, tbias, tdo, tdL, to, r = x
     (B, Hq, Lq, _), (_, _, Lk, Dv) = q.shape, v.shape
     wants_bias, tabled = bias_grad and bias_kind(bias) == 2, _tabled(q, k, bias)
     if L.numel() == 0 or Lk == 0: return lambda *x: Grads(*(torch.zeros_like(y) for y in x[:3]), zeros_for(x[3]) if wants_bias else None)
+    if tdo is not None and halves is None and config_q is config_kv is None: halves = hold("tangent_q", (*x[:13], None, None, *x[15:]), scale, is_causal, dropout_p) is not None
+    if tdo is not None and halves: return _halves(scale, is_causal, dropout_p, bias_grad)
     hold_q = None if config_q else hold("tangent_q", x, scale, is_causal, dropout_p)
     if hold_q is None:
         c = config_q or tuning.lookup("tangent_q", q, Dv, Lk, is_causal, carries(bias, _tabled(q, k, bias), tdo))
@@ -312,11 +323,12 @@ def tangent_backward(
     to:Tensor, r:Tensor, # tangents of O and L, from `jvp`
     *, scale:float, is_causal:bool=False, dropout_p:float=0.,
     bias_grad:bool=True, # is the tangent of the bias gradient wanted?
+    halves:bool|None=None, # make a moving cotangent's part by the backward (@eq-linear)? None: where that gets faster kernels
     config_q:tuning.Config|None=None, config_kv:tuning.Config|None=None, # tile sizes; None looks them up
 ) -> Grads: # tangents of dQ, dK, dV and dB
     "How the gradients move when inputs and cotangents move (@eq-tangent-backward), bitwise repeatable."
     x = q, k, v, bias, seed, o, L, do, dL, tq, tk, tv, tbias, tdo, tdL, to, r
-    return planned(_planned_tangent, x, scale, is_causal, dropout_p, bias_grad, config_q, config_kv, precision(q.dtype))
+    return planned(_planned_tangent, x, scale, is_causal, dropout_p, bias_grad, halves, config_q, config_kv, precision(q.dtype))
 
 # %% ../../nbs/attention/tangent_backward.ipynb #3e3817dd
 @triton.jit

@@ -23,9 +23,8 @@ from torch import Tensor
 from .. import bench
 from ..attention.contract import rel_err
 from ..attention import fp8
-from ..attention.fp8 import sdpa_fp8
 from ..attention.tuning import Config
-from ..bench import Case, Contender, Work, attempt, captured, ceilings, interleave, peak, quantiles
+from ..bench import Case, Work, attempt, captured, ceilings, interleave, peak, quantiles
 from . import gmm, heads, mlp
 from ..records import Record
 from ..report import SERIES, Table, draw
@@ -146,18 +145,13 @@ class Trials:
             elif why: row |= dict(failure=row["failure"] or why)
             self.record.add(self.key(trial, name, mode, c), dict.fromkeys(("p20", "p50", "p80", "rate")) | row)
 
-# %% ../../nbs/neural_process/kernels.ipynb #55187a90
-def _fp8(case, x): return lambda q, k, v: sdpa_fp8(q, k, v, is_causal=case.causal, enable_gqa=case.Hq != case.Hkv)
-
-bench.CONTENDERS["theria-fp8"] = Contender(_fp8, passes=bench.FIRST, cpu=True)
-
 # %% ../../nbs/neural_process/kernels.ipynb #8f51ae3c
 TRIALS = [Trial("heads", 64_000), Trial("gmm", 2**22), Trial("mlp", 72_192), Trial("heads", 500, graph=True), Trial("mlp", 564, graph=True), Trial("gmm", 64_000, graph=True),
           Trial("gmm", 2**22, dtype="float32"), Trial("heads", 5_000), Trial("mlp", 9_024), Trial("mlp", 11_000), Trial("mlp", 205_000),
           Trial("heads", 64_000, compiled=True), Trial("mlp", 72_192, compiled=True), Trial("gmm", 2**22, compiled=True)]
-ATTENTION = [Work(Case(1, 8, 11_000, 10_000, 64), bench.FIRST[:2], ("theria", "theria-fp8", "flash", "cudnn")),
-             Work(Case(16, 8, 564, 64, 64), bench.FIRST[:2], ("theria", "theria-fp8", "flash", "cudnn")),
-             Work(Case(1, 8, 205_000, 200_000, 64), ("forward",), ("theria", "theria-fp8", "cudnn"))]
+ATTENTION = [Work(Case(1, 8, 11_000, 10_000, 64), bench.FIRST[:2], ("theria", "triton_fp8", "flash", "cudnn")),
+             Work(Case(16, 8, 564, 64, 64), bench.FIRST[:2], ("theria", "triton_fp8", "flash", "cudnn")),
+             Work(Case(1, 8, 205_000, 200_000, 64), ("forward",), ("theria", "triton_fp8", "cudnn"))]
 
 def run_kernels(
     out:Path|str, # folder of bench-np-kernels.json

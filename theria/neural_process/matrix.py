@@ -7,8 +7,8 @@ __all__ = ['SHAPES', 'FOREIGN', 'PLAIN', 'FUSED', 'NARROW', 'PRESETS', 'KINDS', 
            'predicted_memory', 'Row', 'row_of', 'is_pytorch', 'plan_of', 'published_shapes', 'plan_np', 'on_cpu',
            'inputs', 'Ready', 'set_up', 'check_losses', 'stages', 'by_kind', 'time_steps', 'Matrix', 'compare_losses',
            'smoothed', 'losses_figure', 'set_up_ahead', 'run_matrix', 'steps_of', 'best_pytorch', 'shape_table',
-           'memory_table', 'stage_table', 'show_matrix', 'pair_table', 'budget_table', 'leaders', 'speedup_figure',
-           'kinds_figure', 'published_figures', 'show_results']
+           'memory_table', 'stage_table', 'show_matrix', 'pair_table', 'effect_table', 'kinds_of', 'budget_table',
+           'leaders', 'speedup_figure', 'kinds_figure', 'published_figures', 'show_results']
 
 # %% ../../nbs/neural_process/matrix.ipynb #3089af1c
 import gc, math, multiprocessing, os, sys, time
@@ -100,7 +100,7 @@ class Row(NamedTuple):
     def key(self): return dict(part="step", **self.shape._asdict() | dict(size=list(self.shape.size)), **asdict(self.switches))
 
 def row_of(found:dict) -> Row: # the inverse of `key`
-    "The row that a result belongs to."
+    "The row that a result belongs to, also of a file from before there were the switches `adamw` and `behind`."
     return Row(Shape(*(found[n] for n in Shape._fields[:4]), Size(*found["size"])), Switches(**{f.name: {"adamw": "reference", "behind": False, **found}[f.name] for f in fields(Switches)}))
 
 def is_pytorch(switches:Switches) -> bool:
@@ -120,10 +120,10 @@ def plan_of(shape:Shape, whole:bool=False) -> list[Row]:
     if shape.M >= 10**5:
         rows = [*both(precision="bf16"), replace(_mixed, precision="bf16", attention="theria-fp8"), *both(precision="bf16", rows="needed"), *both(precision="bf16", checkpoint=True), replace(_flash, precision="bf16"), *both()]
     else:
-        rows = [*both(**_fast), *both(**_fast, rows="needed"), replace(_fused, **_fast), replace(_theria, **_fast), *both(**_fast | dict(compile="whole")), *both(**_fast, behind=True),
+        rows = [*both(**_fast), *both(**_fast, rows="needed"), replace(_fused, **_fast), replace(_theria, **_fast), *both(**_fast | dict(compile="whole")),
                 replace(_mixed, **_fast, attention="theria-fp8"), *both(precision="bf16", graph=True), *(replace(_theria, **_fast | {part: "fused"}) for part in PLAIN),
                 *both(**_fast | dict(precision="autocast")), replace(_flash, **_fast), *(replace(_mixed, **_fast, attention=a) for a in ("theria-two", "theria-once")),
-                replace(_flash, **_fast | dict(precision="autocast")), *both(), _flash, *both(precision="bf16"), *both(compile="blocks"), *both(**_fast, checkpoint=True)]
+                replace(_flash, **_fast | dict(precision="autocast")), *both(), _flash, *both(precision="bf16"), *both(compile="blocks"), *both(**_fast, checkpoint=True), *both(**_fast, behind=True)]
     if whole:
         rows += [Switches(a, mlp=f["mlp"], heads=f["heads"], gmm=f["gmm"], adamw=f["adamw"], checkpoint=c, graph=g, compile=k, precision=p)
                  for a, f, p, k, g, c in product(("flash", "cudnn", "theria-two", "theria-once", "theria-fp8"), (PLAIN, FUSED), ("autocast", "bf16"), ("no", "blocks"), (False, True), (False, True))]
@@ -213,7 +213,7 @@ def stages(row:Row, device, seed:int=0, repeats:int=3) -> dict[str, float]: # fo
     return {name: quantiles([watch.read(m) for m in found])["p50"] for name, found in marks.items()}
 
 KINDS = {"attention": ("pytorch_flash", "cudnn", "fmha", "_forward", "_backward", "_fp8", "_quantise"), "mlp": ("_mlp",), "heads and mixture": ("_heads", "_gmm"),
-         "update": ("multi_tensor", "FusedAdam", "foreach"), "products": ("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK")}
+         "update": ("multi_tensor", "FusedAdam", "foreach", "_adamw"), "products": ("nvjet", "gemm", "cutlass", "cublas", "xmma", "splitK")}
 
 def by_kind(kernels:dict[str, float]) -> dict[str, float]: # of the names in `KINDS`, and "rest"; µs
     "Sort the time of kernels by what they do."
@@ -442,7 +442,28 @@ def pair_table(rows:list[dict]) -> Table:
         if theirs and ours: lines.append(dict(shape=shape, setting=setting, theirs=theirs["p50"], who=theirs["attention"], ours=ours["p50"], how=" ".join(str(row_of(ours)).removesuffix(setting).split()[1:]), ratio=theirs["p50"]/ours["p50"]))
     return Table(lines, dict(shape="shape", setting="setting of both", theirs="PyTorch, ms", who="its attention", ours="theria, ms", how="which", ratio="speed-up"), "Rows that differ in kernels only.")
 
+# %% ../../nbs/neural_process/matrix.ipynb #fc42de08
+def effect_table(rows:list[dict]) -> Table:
+    "How many times as fast a row is with a switch as without it, for all pairs of rows that differ in one."
+    found, lines = {row_of(r): r for r in rows if r.get("part") == "step" and r["p50"]}, []
+    changes = [("attention", "cudnn", "theria"), ("attention", "theria", "theria-fp8"), ("attention", "cudnn", "flash"), *((n, "reference", "fused") for n in PLAIN), ("rows", "all", "needed"), ("precision", "autocast", "bf16"),
+               ("compile", "no", "blocks"), ("compile", "blocks", "whole"), ("graph", False, True), ("behind", False, True), ("checkpoint", False, True)]
+    for name, a, b in changes:
+        for row, r in found.items():
+            other = row._replace(switches=replace(row.switches, **{name: b}))
+            if getattr(row.switches, name) == a and other in found: lines.append(dict(switch=f"{name}: {a} → {b}", row=str(row), before=r["p50"], after=found[other]["p50"], ratio=r["p50"]/found[other]["p50"]))
+    return Table(lines, dict(switch="switch", row="row without it", before="ms", after="ms with it", ratio="times as fast"), "Pairs of rows that differ in one switch.")
+
 # %% ../../nbs/neural_process/matrix.ipynb #faa163d7
+def kinds_of(r:dict) -> dict[str, float|None]: # the result of a row; ms
+    "Its kernel time by kind, scaled to the step if it is more than that; None for an update that the profile does not name."
+    k = {**dict.fromkeys((*KINDS, "rest"), 0.), **{kind: us/1e3 for kind, us in r["kinds"].items()}}
+    if "update" not in r["kinds"]: # a file whose writer did not know that `_adamw` is one
+        k["update"] = r["kernels"]["_adamw"]/1e3 if "_adamw" in r["kernels"] else None
+        k["rest"] -= k["update"] or 0.
+    scale = min(1., r["p50"]/sum(filter(None, k.values())))
+    return {kind: t and t*scale for kind, t in k.items()}
+
 def budget_table(rows:list[dict]) -> Table:
     "Where the leading rows of each shape spend their time, beside what it would take at best."
     top = next((r for r in rows if r.get("part") == "ceilings"), None)
@@ -450,11 +471,11 @@ def budget_table(rows:list[dict]) -> Table:
     for shape, _, best, ours in leaders(rows):
         for r in (best, ours):
             if not (r and r.get("kinds")): continue
-            k, row = defaultdict(float, {kind: us/1e3 for kind, us in r["kinds"].items()}), row_of(r)
+            k, row = kinds_of(r), row_of(r)
             d, n, _, f, K, _ = row.shape.size
             floors = (work(row.shape)[0]/top["matmul"]/1e9, 28*(n*(4*d*d + 2*d*f) + K*(d + 3)*f)/top["copy"]/1e9) if top else (None, None)
             dense = k["products"] + k["mlp"] + k["heads and mixture"]
-            lines.append(dict(row=str(row), step=r["p50"], attention=k["attention"], dense=dense, least=floors[0], update=k["update"], least_update=floors[1], rest=k["rest"], waiting=r["p50"] - sum(k.values())))
+            lines.append(dict(row=str(row), step=r["p50"], attention=k["attention"], dense=dense, least=floors[0], update=k["update"], least_update=floors[1], rest=k["rest"], waiting=max(0., r["p50"] - sum(filter(None, k.values())))))
     return Table(lines, dict(row="row", step="step, ms", attention="attention", dense="products", least="at best", update="update", least_update="at best", rest="the rest", waiting="no kernel runs"), "Time of kernels by what they do, ms.")
 
 # %% ../../nbs/neural_process/matrix.ipynb #0f1c4ce9
@@ -489,7 +510,7 @@ def _plot_kinds(lead, ax):
     bars = [(f"{shape}\n{label}", r) for shape, _, best, ours in lead for label, r in (("PyTorch", best), ("theria", ours)) if r and r.get("kinds")]
     floor = [0.]*len(bars)
     for i, kind in enumerate(kinds):
-        heights = [r["kinds"].get(kind, 0.)/sum(r["kinds"].values()) for _, r in bars]
+        heights = [(kinds_of(r)[kind] or 0.)/sum(filter(None, kinds_of(r).values())) for _, r in bars]
         ax.bar(range(len(bars)), heights, .7, floor, color=SERIES[i]["color"] if i < len(SERIES) else LIGHT["soft"], label=kind)
         floor = [a + b for a, b in zip(floor, heights)]
     ax.set(xticks=range(len(bars)), ylabel="share of kernel time")
@@ -523,5 +544,6 @@ def show_results(path:Path) -> list: # tables and figures
     rows = read_rows(path)
     shapes = dict.fromkeys(r["name"] for r in rows if r.get("part") == "step" and not r["name"].startswith("narrow"))
     wide, narrow = ([r for r in rows if (r.get("name") in shapes) == inside] for inside in (True, False))
-    return [speedup_figure(wide), pair_table(wide), kinds_figure(wide), budget_table([r for r in rows if r.get("name") in {None, *shapes}]), *(shape_table(rows, s) for s in shapes), stage_table(rows), memory_table(rows), *(published_figures(narrow) if any(r.get("part") == "step" for r in narrow) else []),
+    tables = [budget_table([r for r in rows if r.get("name") in {None, *shapes}]), effect_table(wide), *(shape_table(rows, s) for s in shapes), stage_table(rows), memory_table(rows)]
+    return [speedup_figure(wide), kinds_figure(wide), *(t for t in tables if t.rows), *(published_figures(narrow) if any(r.get("part") == "step" for r in narrow) else []),
             *(losses_figure(r["losses"]) for r in rows if r.get("part") == "losses" and r["losses"])]

@@ -36,12 +36,8 @@ def _backend(name):
     attend.__name__ = name
     return attend
 
-def _fp8(q, k, v): # FP8 forward, bf16 backward
-    from theria.attention.fp8 import sdpa_fp8
-    return sdpa_fp8(q, k, v)
-
 ATTENTIONS = {"flash": _aten("flash"), "cudnn": _aten("cudnn", None, True), "efficient": _aten("efficient", None, True),
-              **{name: _backend("triton_full_fused") for name in ("theria", "theria-two", "theria-once")}, "theria-fp8": _fp8, **{name: _backend(name) for name in BACKENDS}}
+              **{name: _backend("triton_full_fused") for name in ("theria", "theria-two", "theria-once")}, "theria-fp8": _backend("triton_fp8"), **{name: _backend(name) for name in BACKENDS}}
 
 # %% ../../nbs/neural_process/model.ipynb #6b338ae1
 def find_attention(
