@@ -377,7 +377,7 @@ def train_np(
     Finished chunks are kept in DIR/train-np.json and DIR/train-np.pt: run the same command again to resume an interrupted run."""
     from theria.neural_process.training import Switches, train_np as run
     changes = {name: value for name, value in dict(steps=steps, batch=batch, targets=targets, contexts=contexts).items() if value}
-    switches = Switches(attention=attention, mlp=fused, heads=fused, gmm=fused, precision=precision, compile=compile, graph=graph, checkpoint=checkpoint)
+    switches = Switches(attention=attention, mlp=fused, heads=fused, gmm=fused, adamw=fused, precision=precision, compile=compile, graph=graph, checkpoint=checkpoint)
     run(preset, task, seed=seed, device=device, out=result_folder(out), switches=switches, **changes)
 
 # %% ../nbs/cli.ipynb #e7875e6b
