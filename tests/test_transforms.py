@@ -268,7 +268,7 @@ def test_opcheck_of_every_operator_as_it_is_called():
     f, p = partial(attention, "triton_full_fused"), point(torch.float32, TINY)
     with Recorder() as seen:
         for walk in (_double, _hvp, _vjp_of_jvp): walk(f, p)
-    assert {op._schema.name.partition("::")[2] for op in seen.calls} == set(ops.IMPLEMENTATIONS)
+    assert {op._schema.name.partition("::")[2] for op in seen.calls} == {name for name, f in ops.IMPLEMENTATIONS.items() if f.__module__ == ops.__name__}  # other pages add theirs
     for op, args in seen.calls.items():
         plain = tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
         assert set(torch.library.opcheck(op, plain).values()) == {"SUCCESS"}, op
