@@ -6,6 +6,7 @@ for other problems) in one process per core, because most of the time goes into 
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -153,7 +154,8 @@ def derivatives(f, case):
 
 # The judgment: an error is relative to the true derivative, or where that vanishes by cancellation (a single key, say) to a quarter of what the derivative would be
 # if the row statistics stood still, which is the same sum before the cancellation. The limit is twice the error of the formula with PyTorch's precision, fp32
-# inside and rounded at the ends, and not less than the tolerance of the type.
+# inside and rounded at the ends, and not less than the tolerance of the type. On top comes one unit in the last place of the largest lse: it is saved in fp32, and its rounding is a relative
+# error of every probability that a derivative makes from it.
 
 def failures(backend, c, p):
     case = case_of(c, p)
@@ -164,7 +166,8 @@ def failures(backend, c, p):
     try:
         with arrangement(*c.form): got = derivatives(partial(ours, backend), case)
     except Exception as e: return [f"{c} {p} raises {type(e).__name__}: {e}"]
-    bad = []
+    bad, L = [], truth["L"].nan_to_num(neginf=0.).abs()
+    saved = 2**-23*L.max().item() if L.numel() else 0.
     for name, y in truth.items():
         if name == "L":
             if not torch.equal(got[name].isneginf(), y.isneginf()): bad.append("L is -inf elsewhere")
@@ -173,17 +176,18 @@ def failures(backend, c, p):
         else: scale = max(y.norm(), size[name].norm()/4)
         absolute = lambda z: (z.double() - y).norm().item()/(float(scale) or 1.)
         tolerance = TOLERANCE[torch.float32 if name == "L" else c.dtype]  # L is fp32 whatever its inputs are
-        limit = max(2*absolute(plain[name]) + 1e-6, tolerance)
+        limit = max(2*absolute(plain[name]) + 1e-6, tolerance) + saved
         if got[name].shape != y.shape or not absolute(got[name]) <= limit: bad.append(f"{name}: {absolute(got[name]):.1e} above {limit:.1e}")
     return [f"{c} {p} {b}" for b in bad]
 
 
-def search(backend, n, each, **options):
-    "What fails among n different problems, `each` to a variant. Hypothesis draws what they are made from, and repeats itself, so it is given more tries than it needs."
+def search(backend, n, each, stream=0, **options):
+    "What fails among n different problems, `each` to a variant. Hypothesis draws what they are made from; it begins with 0 whatever its seed, so every stream makes something else of it."
     seen, bad = set(), []
     @settings(max_examples=8*-(-n//each), deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), **options)
-    @given(st.randoms(use_true_random=True))  # seeded by Hypothesis; its mutations of single draws would give near-duplicates
-    def one(r):
+    @given(st.integers(0, 2**64 - 1))
+    def one(drawn):
+        r = random.Random(f"{stream} {drawn}")
         c = variant(r)
         for case in [(c, problem(r, c)) for _ in range(each)]:
             if case in seen or len(seen) == n: continue
@@ -214,8 +218,9 @@ def test_many_random_problems(backend, share):
 
 
 def worker(backend, shard, n):
-    one, seen, bad = search(backend, n, 25)
-    seed(1000*int(os.environ.get("THERIA_SURFACE_SEED", "0")) + shard)(one)()
+    stream = 1000*int(os.environ.get("THERIA_SURFACE_SEED", "0")) + shard
+    one, seen, bad = search(backend, n, 10, stream)
+    seed(stream)(one)()
     print(json.dumps(dict(done=len(seen), failures=bad)))
 
 
