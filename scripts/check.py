@@ -309,6 +309,19 @@ def check_layers(root):
     return problems, f"{len(files)} modules."
 
 
+# types: the hints are right, and a user's type checker sees them
+
+def check_types(root):
+    "Type hints agree with the code and with what a user's type checker is to see (tests/typed.py), as mypy judges."
+    with tempfile.TemporaryDirectory(prefix="theria-check-") as cache:
+        status, output = run([sys.executable, "-m", "mypy", "--cache-dir", cache, "--no-pretty", "--hide-error-context"], root)
+    found = re.findall(r"^(\S+?):(\d+): error: (.*?)(?:  \[([\w-]+)\])?$", output, re.M)
+    problems = [f"{path} line {line}: {message.removesuffix('.')} ({code or 'error'})." for path, line, message, code in found]
+    if status != 0 and not problems: problems = [f"mypy fails:\n{tail(output)}"]
+    files = re.search(r"in (\d+) source files", output)
+    return problems, f"{files[1]} files." if files else ""
+
+
 # asserts: nothing passes without checking something
 
 def check_asserts(root):
@@ -355,7 +368,7 @@ def check_tests(root, limit=900, workers=2):
     return problems, f"{total('passed')} tests passed, {total('skipped')} were skipped."
 
 
-CHECKS = dict(layers=check_layers, asserts=check_asserts, clean=check_clean, pages=check_pages, notebooks=check_notebooks, tests=check_tests)
+CHECKS = dict(layers=check_layers, asserts=check_asserts, types=check_types, clean=check_clean, pages=check_pages, notebooks=check_notebooks, tests=check_tests)
 
 
 def main():

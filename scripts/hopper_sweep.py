@@ -84,6 +84,7 @@ def main():
     import triton
     from theria.attention.contract import rel_err
     from theria.records import Record
+    if not torch.cuda.is_available(): parser.error("got a machine without a CUDA device; accepted is a Hopper GPU that PyTorch can see: run it there")
     start, running, said = time.time(), [], {}
     record, problems = Record(args.out, dict(kind="hopper-sweep", dtype="bfloat16", **dict(zip(("B", "Hq", "Hkv", "Lq", "Lk"), LARGE))), device="cuda"), {}
     key = lambda op, D, causal, stream: dict(op=op, D=D, causal=causal, stream=list(stream))

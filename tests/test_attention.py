@@ -198,3 +198,15 @@ class TestAttentionGradients:
         ours = second(x, lambda *x: sdpa_custom(*x, backend=backend))
         with sdpa_kernel(SDPBackend.MATH): theirs = second([y.detach().double().requires_grad_() for y in x], F.scaled_dot_product_attention)
         for a, b in zip(ours, theirs): assert rel_err(a, b) <= TOLERANCE[torch.float32]
+
+    @pytest.mark.parametrize("fill", [-1e9, torch.finfo(torch.float32).min])
+    def test_rows_hidden_by_a_large_finite_number(self, backend, fill):
+        "PyTorch's softmax averages such a row, for its scores are lost in the sum; its statistic must still say over how many keys."
+        x, u, mask = [y.requires_grad_() for y in tensors()], tensors(), torch.zeros(17, 33, device=DEVICE)
+        mask[3], mask[5, 20:] = fill, fill
+        def derivatives(attend):
+            o = attend(*x, mask)
+            g = torch.autograd.grad(o.pow(2).sum(), x, create_graph=True)
+            return o, *g, *torch.autograd.grad(g, x, u)
+        with sdpa_kernel(SDPBackend.MATH): theirs = derivatives(F.scaled_dot_product_attention)
+        for a, b in zip(derivatives(lambda *a: sdpa_custom(*a, backend=backend)), theirs): assert rel_err(a, b) <= 1e-3

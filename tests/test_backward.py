@@ -27,6 +27,20 @@ def compare(name, has_dL, options):
 def test_arrangement(name, how): compare(name, NAMES.index(name) % 2 == 1, ARRANGEMENTS[how])
 
 
+@pytest.mark.parametrize("Lk", [1, 33])
+@pytest.mark.parametrize("how", ["once", "atomic"])
+def test_keys_that_are_not_there_add_nothing(how, Lk):
+    "All scores are about -40: a tile's missing keys, whose score is 0, would have probabilities that half precision cannot hold."
+    s = sample(torch.float16, B=1, Hq=2, Hkv=1, Lq=40, Lk=Lk, D=16, Dv=16)
+    s = s._replace(args=(3.5 + s.args[0]/8, -3.5 + s.args[1]/8, *s.args[2:]))
+    o, L = forward(*s.args, **s.options)
+    assert L.max() < -30
+    args, kw = for_reference(s)
+    theirs = reference.backward(*args, *reference.forward(*args, **kw), up(s.do), up(s.dL), **kw)
+    with poisoned(): ours = backward(*s.args, o, L, s.do, s.dL, **s.options, **ARRANGEMENTS[how])
+    for term, a, b in zip("QKV", ours, theirs): assert a.isfinite().all() and rel_err(a, b) <= TOLERANCE[torch.float16], f"d{term} is off by {rel_err(a, b):.1e}"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", ARRANGEMENTS)
 @pytest.mark.parametrize("name", NAMES)

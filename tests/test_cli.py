@@ -408,7 +408,7 @@ def test_reproduce(call, checkout, monkeypatch):
     assert [line.split()[0] for line in call("reproduce")[1].splitlines()] == ["fig-toy", "tbl-own"]
     code, out, err = call("reproduce", "fig-toy")
     assert (code, err) == (0, "") and "A toy." in out and "theria train-decoder --steps 1 --device cpu\n" in out and "run on" in out
-    assert "jupyter execute nbs/toy.ipynb" in call("reproduce", "tbl-own")[1]
+    assert "jupyter nbconvert --execute --to html --output-dir out nbs/toy.ipynb" in call("reproduce", "tbl-own")[1]
     assert call("reproduce", "fig-toi")[2].endswith("did you mean fig-toy.\n")
     ran = []
     monkeypatch.setattr("subprocess.run", lambda c: ran.append(c) or subprocess.CompletedProcess(c, len(ran) - 1))

@@ -80,6 +80,23 @@ def said(problems, *words):
     return len(problems) == 1 and all(word in problems[0] for word in words) or pytest.fail(f"expected one problem with {words}, got {problems}")
 
 
+# Type hints
+
+@pytest.mark.parametrize("module, user, words", [
+    ("def twice(x:float) -> float: return 2*x", "twice(1.0)", None),
+    ("def twice(x:float) -> str: return 2*x", "twice(1.0)", ("theria/hints.py line 1", '"float"', '"str"')),
+    ("def twice(x:float) -> float: return 2*x", "twice('1')", ("tests/typed.py line 2", '"str"')),
+    ("def twice(x:float) -> float: return 2*x", "twice(1.0) # type: ignore", ("tests/typed.py line 2", "ignore")),
+    ("def twice(x:float) -> float: return 2*", "twice(1.0)", ("theria/hints.py line 1", "syntax"))], ids=["sound", "hint", "user", "ignore", "syntax"])
+def test_type_hints(tmp_path, module, user, words):
+    shutil.copy(ROOT/"pyproject.toml", tmp_path)
+    for path, source in (("theria/__init__.py", ""), ("theria/hints.py", module), ("tests/typed.py", f"from theria.hints import twice\n{user}")):
+        (tmp_path/path).parent.mkdir(exist_ok=True)
+        (tmp_path/path).write_text(source + "\n")
+    problems, summary = check.check_types(tmp_path)
+    assert problems == [] and summary == "3 files." if words is None else said(problems, *words)
+
+
 # The repository without a fault, and the checks that need nbdev
 
 def test_a_sound_house_passes_and_stays_as_it_is(house):

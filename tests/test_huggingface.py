@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="the extra theria[huggingface] is not installed")
-from transformers import (BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config,
-                          T5ForConditionalGeneration, ViTConfig, ViTForImageClassification)
+from transformers import (BertConfig, BertForMaskedLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM,
+                          T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification, WhisperConfig, WhisperForConditionalGeneration)
 
 from theria.attention.contract import ContractError, rel_err
 from theria.drop_in import replace_sdpa
@@ -28,6 +28,14 @@ CONFIGS = {"gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=31, n_positions=16, n
            "bert": (BertForMaskedLM, BertConfig(**SIZES)),
            "vit": (ViTForImageClassification, ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4))}
 TEXT = [name for name in CONFIGS if name != "vit"]
+ENDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+WHISPER = WhisperConfig(vocab_size=31, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+                        num_mel_bins=4, max_source_positions=6, max_target_positions=16, suppress_tokens=None, begin_suppress_tokens=None, **ENDS)
+MORE = {"a window of three keys": (Qwen2ForCausalLM, Qwen2Config(**SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=3, max_window_layers=0)),
+        "windows in every other layer": (Gemma2ForCausalLM, Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=4, sliding_window=3, attn_logit_softcapping=None)),
+        "an encoder of sound": (WhisperForConditionalGeneration, WHISPER),
+        "a position bias": (T5ForConditionalGeneration, T5Config(vocab_size=31, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, **ENDS)),
+        "a soft cap": (Gemma2ForCausalLM, Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=4))}
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +48,7 @@ def names(monkeypatch):
 
 def tiny(name, implementation="theria", dtype=torch.float64):
     "A model with weights large enough for attention to be far from uniform."
-    cls, config = CONFIGS[name]
+    cls, config = {**CONFIGS, **MORE}[name]
     torch.manual_seed(0)
     config = copy.deepcopy(config)
     config._attn_implementation = implementation
@@ -56,6 +64,8 @@ def inputs(name, padded=False):
     if name == "vit": return dict(pixel_values=torch.randn(2, 3, 8, 8, dtype=torch.float64)), torch.ones(2, dtype=torch.bool)
     tokens, real = torch.randint(31, (2, 7)), torch.ones(2, 7, dtype=torch.bool)
     if padded: real[1, :3] = False
+    if name == "an encoder of sound": return dict(input_features=torch.randn(2, 4, 12, dtype=torch.float64), decoder_input_ids=tokens), real
+    if name == "a position bias": return dict(input_ids=tokens, attention_mask=real.long(), decoder_input_ids=tokens.flip(1)), torch.ones_like(real)
     return dict(input_ids=tokens) | (dict(attention_mask=real.long()) if padded else {}), real
 
 
@@ -85,7 +95,7 @@ def close(ours, theirs, tol=TOL):
     return rel_err(flat(ours), flat(theirs)) <= tol
 
 
-@pytest.mark.parametrize("name, padded", [*((n, False) for n in CONFIGS), *((n, True) for n in TEXT)])
+@pytest.mark.parametrize("name, padded", [*((n, False) for n in CONFIGS), *((n, True) for n in TEXT), *((n, n != "an encoder of sound") for n in MORE if n != "a soft cap")])
 def test_every_order_equals_eager(name, padded):
     ours, theirs = (orders(name, i, padded) for i in ("theria", "eager"))
     for what in ours: assert close(ours[what], theirs[what]), what
@@ -179,7 +189,8 @@ def test_a_model_on_sdpa_with_theria_underneath():
 def test_what_is_refused():
     batch, _ = inputs("llama")
     with pytest.raises(ContractError, match="got output_attentions from the model"): tiny("llama")(**batch, output_attentions=True)
-    with pytest.raises(ContractError, match="got softcap from the model"): attention_forward(nn.Identity(), *[torch.zeros(1, 1, 2, 4)]*3, None, softcap=30.)
+    with pytest.raises(ContractError, match="got softcap from the model, a soft cap on the scores; .* attn_implementation='eager'"): tiny("a soft cap")(**batch)
+    assert tiny("a soft cap", "eager")(**batch).logits.isfinite().all()
     with pytest.raises(ContractError, match="attn_implementation='eager'"): check_model(tiny("gpt2", "eager"))
     assert check_model(tiny("llama", "theria_reference")) == ["LlamaForCausalLM", "LlamaModel"]
 

@@ -60,9 +60,9 @@ def test_tables_are_what_they_are_defined_to_be(problem):
     assert cols.tolist() == expected(mask, Lq, Lk, True)
 
 
-def long_masks(): # of more patches than a chunk has, so that runs cross from one into the next
-    n, m = 512*32, torch.ones(3, 17_000, dtype=torch.bool)
-    m[0, :1000], m[1, 2000:2001], m[2, n - 1024:n - 1000] = False, False, False
+def long_masks(n): # of more patches than the n of a chunk, so that runs cross from one into the next
+    n, m = n*32, torch.ones(3, n*32 + 616, dtype=torch.bool)
+    m[0, :n//2], m[1, n//2 + 100:n//2 + 101], m[2, n - 256:n - 250] = False, False, False
     yield m[None, None]
     m = torch.ones(2, 2*n, dtype=torch.bool)
     yield m[None, None]
@@ -72,12 +72,40 @@ def long_masks(): # of more patches than a chunk has, so that runs cross from on
     yield torch.where(m, 0., -torch.inf)[None, None].contiguous()
 
 
-def test_runs_cross_chunks():
-    from theria.attention.hull import hull
-    for mask in long_masks():
+def test_runs_cross_chunks(monkeypatch):
+    "With chunks of 32 patches, where a call has more."
+    import theria.attention.hull  # noqa: F401, the module is behind a function of the same name
+    module = sys.modules["theria.attention.hull"]
+    monkeypatch.setattr(module, "SUM_UP", module.SUM_UP._replace(BN=32))
+    for mask in long_masks(32):
         Lq, Lk = mask.shape[2:]
-        rows, cols = hull(mask, Lq, Lk)
+        rows, cols = module.hull(mask, Lq, Lk)
         assert rows.tolist() == expected(mask, Lq, Lk, False) and cols.tolist() == expected(mask, Lq, Lk, True), mask.shape
+
+
+def test_an_empty_hull_begins_at_zero():
+    "Loads run ahead of a loop's steps: a walk over nothing that began at the largest integer would overflow into an address."
+    global hull_range, tl # a kernel looks names up here
+    import triton
+    import triton.language as tl
+    from theria.attention.hull import hull, hull_range
+
+    @triton.jit
+    def kernel(p_hull, p_out, n_rows, n, H: tl.constexpr, STEP: tl.constexpr):
+        lo, hi, core = hull_range(p_hull, (0, 0, 4), 0, 0, tl.program_id(0)*H, n_rows, 0, n, H, STEP)
+        p_out += tl.program_id(0)*4
+        tl.store(p_out, lo)
+        tl.store(p_out + 1, hi)
+        tl.store(p_out + 2, core[0] + core[1])
+        tl.store(p_out + 3, core[1])
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for mask in (torch.zeros(1, 1, 300, 200, dtype=torch.bool), torch.full((1, 1, 300, 200), -torch.inf)):
+        for table, rows, n in zip(hull(mask.to(device), 300, 200), (300, 200), (200, 300)):
+            for H, STEP in ((16, 32), (64, 32), (128, 64)):
+                out = torch.full((-(-rows//H), 4), -1, dtype=torch.int32, device=device)
+                kernel[(len(out),)](table, out, rows, n, H=H, STEP=STEP)
+                assert (out == 0).all(), (mask.dtype, H, STEP, out)
 
 
 def compiles():
@@ -98,13 +126,13 @@ def compiles():
         r = resources(k, 90)
         assert r.spills == 0 and r.registers <= 168 and r.shared <= 65_536 and not gate.miscompiled(k, kernel.__name__), (kernel.__name__, form, r)
         assert "mask_j" not in form or re.search(r"ld\.global\.v(4\.b32|2\.b64)", k.asm["ptx"]), "loads one element at a time"
-    present = dict(p_bias="i1", p_hull="i32", p_rows="i32", p_cols="i32")
     for op, entries in tuning.table()["sm_90"].items():
         for name in entries:
             if not name.startswith("bfloat16") or "hull" not in name.split(): continue
+            present = dict(p_bias="i1", p_hull="i32", p_rows="i32", p_cols="i32") | ({"p_tdo": "bf16", "p_tdL": "fp32"} if "tdo" in name.split() else {})
             k = gate.compile(op, "bfloat16", int(name.split()[1][1:]), False, tuning.Config(*entries[name]), 90, present=present, BIAS=1, bias_j=1)
             r = resources(k, 90)
-            assert not r.waits and r.spills <= gate.spills_allowed(op, "bfloat16", 64, True) and r.shared <= gate.SHARED[90] and not gate.miscompiled(k, op), (op, name, r, gate.miscompiled(k))
+            assert not r.waits and r.spills <= 160 and r.shared <= gate.SHARED[90] and not gate.miscompiled(k, op), (op, name, r, gate.miscompiled(k))
     print("compiled")
 
 
@@ -114,12 +142,11 @@ def test_compiles_for_a_gpu(tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == "compiled", done.stderr[-3000:]
 
 
-def test_tables_are_off_until_a_device_has_run_them(used):
-    "The switch does what it says, both ways."
+def test_the_switch(monkeypatch):
     from theria.attention.hull import worth_a_hull
     mask = torch.ones(1, 1, 600, 600, dtype=torch.bool)
     assert worth_a_hull(mask, 8, 600, 600)
-    sys.modules["theria.attention.hull"].USED = False
+    monkeypatch.setattr(sys.modules["theria.attention.hull"], "USED", False)
     assert not worth_a_hull(mask, 8, 600, 600)
 
 
@@ -142,68 +169,77 @@ def test_on_the_device():
     assert torch.equal(rows[-1], hull(window, 1024, 9216)[0][0]) and (rows[:-1, ..., 1] == 0).all()
 
 
-@pytest.fixture
-def used(monkeypatch):
-    "Within, masks that are worth it have tables."
-    import theria.attention.hull
-    from theria.attention.launch import _plans
-    monkeypatch.setattr(sys.modules["theria.attention.hull"], "USED", True)
-    _plans.clear()
-    yield
-    _plans.clear()
-
-
 def kinds(Lq, Lk, device):
     i, j = torch.arange(Lq, device=device)[:, None], torch.arange(Lk, device=device)
-    yield "window", (j <= i + Lk - Lq) & (j > i - 200)
+    yield "window", (j <= i + Lk - Lq) & (j > i - Lq//5)
     yield "documents", (i*5//Lq) == (j*5//Lk)
-    yield "prefix", (j <= i) | (j < 300)
-    yield "dead rows", (i % 300 > 70) & (j < Lk - 77)
+    yield "prefix", (j <= i) | (j < Lk//4)
+    yield "dead rows", (i % 100 > 70) & (j < Lk - 77)
     yield "at random", torch.rand(Lq, Lk, device=device) > 0.5
+
+
+def compare(name, m, dtype, D, Dv, tolerance, forms, **sizes):
+    "Both orders in both modes against float64."
+    from theria.attention import reference
+    from theria.attention.backward import backward
+    from theria.attention.contract import rel_err
+    from theria.attention.forward import forward
+    from theria.attention.jvp import jvp
+    from theria.attention.samples import poisoned, sample, up
+    from theria.attention.tangent_backward import double_backward, tangent_backward
+    s = sample(dtype, Lq=m.shape[2], Lk=m.shape[3], D=D, Dv=Dv, p=0.1 if name == "prefix" and m.dtype == torch.bool else 0., **sizes)
+    args, kw = (*s.args[:3], m, s.args[4]), dict(s.options)
+    rkw = dict(scale=kw["scale"], is_causal=False, drop=None)
+    if s.args[4] is not None:
+        from theria.attention.tiles import dropout_mask
+        rkw["drop"] = dropout_mask(s.args[4], *s.args[0].shape[:3], m.shape[3], kw["dropout_p"]).double()
+    x = (*map(up, s.args[:3]), up(m))
+    saved = reference.forward(*x, **rkw)
+    rd = reference.backward(*x, *saved, up(s.do), up(s.dL), **rkw)
+    rg, rddo, rddL = reference.double_backward(*x, *saved, up(s.do), up(s.dL), *map(up, s.t[:3]), **rkw)
+    rh = reference.tangent_backward(*x, *saved, up(s.do), up(s.dL), *map(up, s.t[:3]), None, up(s.tdo), up(s.tdL), **rkw)
+    live = saved[1].isfinite()
+    with poisoned():
+        o, L = forward(*args, **kw)
+        firsts = [backward(*args, o, L, s.do, s.dL, bias_grad=False, **form, **kw) for form in forms]
+        to, r = jvp(*args, o, L, *s.t[:3], None, **kw)
+        g, ddo, ddL = double_backward(*args, o, L, s.do, s.dL, firsts[0].q, *s.t[:3], None, bias_grad=False, **kw)
+        h = tangent_backward(*args, o, L, s.do, s.dL, *s.t[:3], None, s.tdo, s.tdL, to, r, bias_grad=False, **kw)
+    pairs = [(o, saved[0]), (L[live], saved[1][live]), *(p for d in firsts for p in zip(d[:3], rd[:3])), (to, rh.to), (r, rh.tL), *zip(g[:3], rg[:3]), (ddo, rddo), (ddL, rddL), *zip(h[:3], rh.tgrads[:3])]
+    for n, (a, b) in enumerate(pairs): assert a.isfinite().all() and rel_err(a, b) <= tolerance, (name, m.dtype, n, rel_err(a, b))
+
+
+def test_kernels_with_tables(monkeypatch):
+    "On masks small enough for the interpreter, with walks whole and in parts."
+    from importlib import import_module
+    from theria.attention.launch import _plans
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for module in ("forward", "backward", "jvp", "tangent_backward"): monkeypatch.setattr(import_module(f"theria.attention.{module}"), "worth_a_hull", lambda mask, *_: mask is not None)
+    _plans.clear()
+    forms = dict(form="two", parts=(2, 3)), dict(form="atomic")
+    try:
+        for name, mask in kinds(110, 130, device):
+            if name not in ("window", "prefix", "dead rows"): continue
+            m = (torch.where(mask, 0., -torch.inf) if name == "dead rows" else mask)[None, None]
+            compare(name, m, torch.float32, 16, 8, 1e-5, forms, B=1, Hq=2, Hkv=1)
+    finally: _plans.clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, D, Dv", [(torch.bfloat16, 64, 64), (torch.float16, 128, 128), (torch.float32, 64, 64), (torch.bfloat16, 40, 24)])
-def test_kernels_with_tables_on_the_device(dtype, D, Dv, used):
-    "Both orders in both modes against float64, on masks that many heads share and that are large enough to get tables."
-    from theria.attention import reference
-    from theria.attention.backward import backward
-    from theria.attention.contract import TOLERANCE, rel_err
-    from theria.attention.forward import forward
-    from theria.attention.jvp import jvp
+def test_kernels_with_tables_on_the_device(dtype, D, Dv):
+    "On masks that many heads share and that are large enough to get tables."
+    from theria.attention.contract import TOLERANCE
     from theria.attention.launch import launch, listening, unheard
-    from theria.attention.samples import poisoned, sample, up
-    from theria.attention.tangent_backward import double_backward, tangent_backward
-    Lq, Lk, heard = 1000, 1111, []
+    heard = []
     def hear(kernel, programs, args, config, **constants):
         heard.append((kernel.__name__, sum(isinstance(a, torch.Tensor) and a.dtype == torch.int32 for a in args)))
         with unheard(): launch(kernel, programs, args, config, **constants)
-    for name, mask in kinds(Lq, Lk, "cuda"):
-        for added in (False, True):
-            m = (torch.where(mask, 0., -torch.inf) if added else mask)[None, None]
-            s = sample(dtype, B=1, Hq=8, Hkv=4, Lq=Lq, Lk=Lk, D=D, Dv=Dv, p=0.1 if name == "prefix" and not added else 0.)
-            args, kw = (*s.args[:3], m, s.args[4]), dict(s.options)
-            drop = None
-            if s.args[4] is not None:
-                from theria.attention.tiles import dropout_mask
-                drop = dropout_mask(s.args[4], 1, 8, Lq, Lk, kw["dropout_p"]).double()
-            rkw = dict(scale=kw["scale"], is_causal=False, drop=drop)
-            with poisoned(), listening(hear):
-                o, L = forward(*args, **kw)
-                d = backward(*args, o, L, s.do, s.dL, bias_grad=False, **kw)
-                to, r = jvp(*args, o, L, *s.t[:3], None, **kw)
-                g, ddo, ddL = double_backward(*args, o, L, s.do, s.dL, d.q, *s.t[:3], None, bias_grad=False, **kw)
-                h = tangent_backward(*args, o, L, s.do, s.dL, *s.t[:3], None, s.tdo, s.tdL, to, r, bias_grad=False, **kw)
-            x = (*map(up, s.args[:3]), up(m))
-            saved = reference.forward(*x, **rkw)
-            rd = reference.backward(*x, *saved, up(s.do), up(s.dL), **rkw)
-            rg, rddo, rddL = reference.double_backward(*x, *saved, up(s.do), up(s.dL), *map(up, s.t[:3]), **rkw)
-            rh = reference.tangent_backward(*x, *saved, up(s.do), up(s.dL), *map(up, s.t[:3]), None, up(s.tdo), up(s.tdL), **rkw)
-            live = saved[1].isfinite()
-            pairs = [(o, saved[0]), (L[live], saved[1][live]), *zip(d[:3], rd[:3]), (to, rh.to), (r, rh.tL), *zip(g[:3], rg[:3]), (ddo, rddo), (ddL, rddL), *zip(h[:3], rh.tgrads[:3])]
-            for n, (a, b) in enumerate(pairs): assert a.isfinite().all() and rel_err(a, b) <= TOLERANCE[dtype], (name, added, n, rel_err(a, b))
+    with listening(hear):
+        for name, mask in kinds(1000, 1111, "cuda"):
+            for m in (mask, torch.where(mask, 0., -torch.inf)): compare(name, m[None, None], dtype, D, Dv, TOLERANCE[dtype], ({}, dict(form="once")), B=1, Hq=8, Hkv=4)
     kernels = {n for n, tables in heard if tables}
-    assert {"_forward_kernel", "_backward_q", "_backward_kv", "_jvp_kernel", "_tangent_q", "_tangent_kv"} <= kernels and (D != 64 or dtype == torch.float32 or "_double_q" in kernels), kernels
+    assert {"_forward_kernel", "_backward_q", "_backward_kv", "_backward_once", "_jvp_kernel", "_tangent_q", "_tangent_kv"} <= kernels and (D != 64 or dtype == torch.float32 or "_double_q" in kernels), kernels
 
 
 if __name__ == "__main__": compiles()

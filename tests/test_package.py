@@ -36,7 +36,7 @@ def built(tmp_path_factory):
     "A source distribution of this tree, and a wheel made from it."
     if not find_spec("build") or not find_spec("setuptools"): pytest.skip("building needs the packages build and setuptools")
     folder = tmp_path_factory.mktemp("dist")
-    tree = copytree(ROOT, folder/"tree", ignore=ignore_patterns(".git", ".venv", "nbs", "tests", "out", "_proc", "_docs", "build", "dist", "*.egg-info", "__pycache__"))
+    tree = copytree(ROOT, folder/"tree", ignore=ignore_patterns(".git", ".venv", "nbs", "out", "_proc", "_docs", "build", "dist", "*.egg-info", "__pycache__"))
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder/"dist", tree, cwd=folder)  # without options the wheel is built from the sdist
     sdist, = (folder/"dist").glob("*.tar.gz")
     wheel, = (folder/"dist").glob("*.whl")
@@ -55,9 +55,10 @@ def clean(site):
 def test_what_is_inside(built):
     sdist, wheel, site = built
     with tarfile.open(sdist) as t: names = {n.partition("/")[2] for n in t.getnames()}
-    assert {"settings.ini", "README.md", "CHANGELOG.md", "LICENSE", "setup.py", "pyproject.toml"} <= names
+    around = {name for name in names if not name.startswith(("theria/", "theria.egg-info/")) and name not in ("", "theria", "theria.egg-info")}
+    assert around == {"settings.ini", "README.md", "CHANGELOG.md", "LICENSE", "MANIFEST.in", "setup.py", "setup.cfg", "pyproject.toml", "PKG-INFO"}
     wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT/"theria").rglob("*") if p.suffix in (".py", ".json", ".typed") and "__pycache__" not in p.parts}
-    assert {"theria/py.typed", "theria/attention/configs.json", "theria/__main__.py"} <= wanted and wanted <= names
+    assert {"theria/py.typed", "theria/attention/configs.json", "theria/__main__.py"} <= wanted and wanted == {name for name in names if name.startswith("theria/") and Path(name).suffix}
     assert wanted == {p.relative_to(site).as_posix() for p in (site/"theria").rglob("*") if p.is_file()}
 
 

@@ -10,9 +10,10 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -39,12 +40,12 @@ LONGEST, MANY = (300, 3) if CUDA else (24, 2)
 @dataclass(frozen=True)
 class Variant:
     dtype:torch.dtype; features:tuple; rank:int; groups:int; mask:str|None; mask_dtype:torch.dtype; mask_varies:tuple; dead:bool; dropout_p:float
-    layouts:tuple; lengths:tuple; wants_L:bool; form:tuple
+    layouts:tuple; lengths:tuple; wants_L:bool; form:tuple; B:int; Hkv:int
 
 
 @dataclass(frozen=True)
 class Problem:
-    B:int; Hkv:int; Lq:int; Lk:int; scale:float|None; seed:int
+    Lq:int; Lk:int; scale:float|None; seed:int
 
 
 def variant(r):
@@ -52,24 +53,24 @@ def variant(r):
     layouts = tuple(r.choice(("contiguous", "contiguous", "heads inside", "columns", "sliced", "expanded")) for _ in range(4))
     lengths = tuple(r.choice(("odd", "odd", "odd", "odd", "even", "even", "one", "none")) for _ in range(2))
     return Variant(dtype, r.choice(FEATURES), rank, 1 if rank == 2 else r.choice((1, 1, 2, 3)), r.choice((None, "causal", "bool", "additive")),
-                   r.choice((dtype, torch.float32)), tuple(r.random() < 0.5 for _ in range(rank)), r.random() < 0.5, r.choice((0., 0., 0.3)), layouts, lengths, r.random() < 0.5, r.choice(FORMS))
+                   r.choice((dtype, torch.float32)), tuple(r.random() < 0.5 for _ in range(rank)), r.random() < 0.5, r.choice((0., 0., 0.3)), layouts, lengths, r.random() < 0.5, r.choice(FORMS),
+                   r.randint(1, MANY), 1 if rank == 2 else r.randint(1, MANY))
 
 
 def problem(r, c):
     def length(kind):
-        n = 16*r.randint(1, LONGEST//16)
-        return dict(none=0, one=1, even=n, odd=n + r.randint(-14, 15))[kind]
-    heads = 1 if c.rank == 2 else r.randint(1, MANY)
-    return Problem(r.randint(1, MANY), heads, *map(length, c.lengths), r.choice((None, None, 0., 0.3, 1.7)), r.randrange(2**31))
+        n = 16*r.randint(1, LONGEST//16) # kernels are compiled anew for strides that 16 divides
+        return dict(none=0, one=1, even=n, odd=n + r.randrange(-13, 16, 2))[kind]
+    return Problem(*map(length, c.lengths), r.choice((None, None, 0., 0.3, 1.7)), r.randrange(2**31))
 
 
 # Tensors of a problem
 
 def shapes(c, p): # q, k, v, o; the batch dimensions of rank 5 broadcast
     D, Dv = c.features
-    lead = {2: lambda H, n: (), 3: lambda H, n: (H,), 4: lambda H, n: (p.B, H), 5: lambda H, n: ((2, 1), (1, p.B), (2, p.B), (2, p.B))[n] + (H,)}[c.rank]
-    Hq = p.Hkv*c.groups
-    return (*lead(Hq, 0), p.Lq, D), (*lead(p.Hkv, 1), p.Lk, D), (*lead(p.Hkv, 2), p.Lk, Dv), (*lead(Hq, 3), p.Lq, Dv)
+    lead = {2: lambda H, n: (), 3: lambda H, n: (H,), 4: lambda H, n: (c.B, H), 5: lambda H, n: ((2, 1), (1, c.B), (2, c.B), (2, c.B))[n] + (H,)}[c.rank]
+    Hq = c.Hkv*c.groups
+    return (*lead(Hq, 0), p.Lq, D), (*lead(c.Hkv, 1), p.Lk, D), (*lead(c.Hkv, 2), p.Lk, Dv), (*lead(Hq, 3), p.Lq, Dv)
 
 
 def laid_out(x, how):
@@ -137,6 +138,11 @@ def formula(backend, inside, frozen, case, q, k, v, bias=None): # o, L with the 
     return o.to(p.dtype).reshape(*p.lead, p.Lq, p.Dv), L.reshape(*p.lead, p.Lq)
 
 
+def names(case):
+    x = ["q", "k", "v", "bias"][:len(case.x)]
+    return ["o", "L", *(f"d{n}" for n in x), *(f"g{n}" for n in x), "gdo", *["gdL"]*(case.dL is not None), "to", "tL"]
+
+
 def derivatives(f, case):
     "Everything up to second order, by name."
     f = partial(f, case)
@@ -147,36 +153,80 @@ def derivatives(f, case):
     second = torch.autograd.grad(first, [*x, *cot], case.u, materialize_grads=True)
     apart = tuple(y.contiguous() if 0 in y.stride() else y for y in case.x)  # dual numbers may not share memory
     tangents = torch.func.jvp(f, apart, tuple(case.t))[1]
-    names = ["q", "k", "v", "bias"][:len(x)]
-    found = zip(["o", "L", *(f"d{n}" for n in names), *(f"g{n}" for n in names), "gdo", "gdL"][:2 + 2*len(x) + len(cot)], [*outs, *first, *second])
-    return {n: y.detach() for n, y in [*found, ("to", tangents[0]), ("tL", tangents[1])]}
+    return {n: y.detach() for n, y in zip(names(case), [*outs, *first, *second, *tangents])}
 
 
-# The judgment: an error is relative to the true derivative, or where that vanishes by cancellation (a single key, say) to a quarter of what the derivative would be
-# if the row statistics stood still, which is the same sum before the cancellation. The limit is twice the error of the formula with PyTorch's precision, fp32
-# inside and rounded at the ends, and not less than the tolerance of the type. On top comes one unit in the last place of the largest lse: it is saved in fp32, and its rounding is a relative
-# error of every probability that a derivative makes from it.
+# The judgment: an error is relative to the true derivative, or where that vanishes by cancellation (a single key, say) to half of what the derivative would be
+# if the row statistics stood still, which is the same sum before the cancellation: up to four of its operands are rounded to the type of the inputs. Where entries of a mask share one
+# gradient, that size is taken before or after their sum, whichever is larger; for the sums gdL and tL it is the sum of the absolute values. The limit is twice the error of the formula
+# with PyTorch's precision, fp32 inside and rounded at the ends; or twice what the exact formulas lose when output, lse and factors of matrix products are rounded as kernels save and
+# multiply them; and not less than the tolerance of the type. On top comes one unit in the last place of the largest lse, a relative error of every probability.
+
+def unshared(c, p, case): # the same case, whose mask has an entry for each score
+    if len(case.x) == 3: return case
+    full = (*shapes(c, p)[3][:-1], p.Lk)
+    wide = lambda y: y.expand(full).clone()
+    return replace(case, x=[*case.x[:3], wide(case.x[3])], t=[*case.t[:3], wide(case.t[3])], u=[*case.u[:3], wide(case.u[3])], mask=wide(case.mask))
+
+
+def folded(backend, case): # inputs, tangents and cotangents of rank 4 for the functions of `reference`
+    leaves = [y.detach().requires_grad_() for y in case.x]
+    def fold(q, k, v, bias=None): return check(q, k, v, case.mask if bias is None else bias, return_lse=True, backend="reference", **case.kw)
+    p, *x = fold(*leaves)
+    t, u = ((*y[:3], y[3] if len(leaves) > 3 else None) for y in (fold(*case.t)[1:], fold(*case.u)[1:]))
+    drop = zeros_and_ones(backend, p, case.seed)
+    return leaves, x, t, u, dict(scale=p.scale, is_causal=p.is_causal, drop=drop if drop is None else drop.double())
+
+
+def as_kernels(backend, case, dtype): # by name, in float64; dtype None rounds nothing
+    leaves, x, t, u, kw = folded(backend, case)
+    o, L = reference.forward(*x, **kw)
+    rounded = (lambda y: y) if dtype is None else lambda y: y.to(dtype).double()
+    if dtype is not None: o, L = rounded(o), L.float().double()
+    factors = {n: (lambda f: lambda y, *a: f(rounded(y), *a))(getattr(reference, n)) for n in ("to_o", "to_q", "to_k", "to_v")}
+    cot = case.do.reshape(o.shape), None if case.dL is None else case.dL.reshape(L.shape)
+    back = lambda y: torch.autograd.grad(x[:len(leaves)], leaves, y[:len(leaves)], retain_graph=True)
+    with mock.patch.multiple(reference, **factors):
+        grads, gdo, gdL = reference.double_backward(*x, o, L, *cot, *u, **kw)
+        outs = [*back(reference.backward(*x, o, L, *cot, **kw)), *back(grads), rounded(gdo), *([] if case.dL is None else [gdL]), *reference.jvp(*x, o, L, *t, **kw)]
+    return {n: y.detach().flatten() for n, y in zip(names(case)[2:], outs)}
+
+
+def sizes(backend, c, p, case): # by name: norms before what cancels has cancelled
+    still = partial(formula, backend, torch.float64, True)
+    found = {n: y.norm() for n, y in derivatives(still, case).items()}
+    if c.mask == "additive":
+        apart = derivatives(still, unshared(c, p, case))
+        for n in ("dbias", "gbias"): found[n] = max(found[n], apart[n].norm())
+    _, x, t, u, kw = folded(backend, case)
+    w = reference.probabilities(reference.scores(*x[:2], x[3], scale=kw["scale"], is_causal=kw["is_causal"]), reference.forward(*x, **kw)[1])
+    moved = lambda t: (w*reference.tangent_scores(*x[:2], *t[:2], t[3], scale=kw["scale"]).abs()).sum(-1).norm()
+    return {**found, "gdL": moved(u), "tL": moved(t)}
+
 
 def failures(backend, c, p):
     case = case_of(c, p)
     wide = case.to(torch.float64)
     truth = derivatives(partial(formula, backend, torch.float64, False), wide)
-    size = derivatives(partial(formula, backend, torch.float64, True), wide)
+    size = sizes(backend, c, p, wide)
     plain = derivatives(partial(formula, backend, torch.float32, False), case)
     try:
         with arrangement(*c.form): got = derivatives(partial(ours, backend), case)
     except Exception as e: return [f"{c} {p} raises {type(e).__name__}: {e}"]
     bad, L = [], truth["L"].nan_to_num(neginf=0.).abs()
-    saved = 2**-23*L.max().item() if L.numel() else 0.
+    unit, whole, rounded = 2**-23*L.max().item() if L.numel() else 0., as_kernels(backend, wide, None), as_kernels(backend, wide, c.dtype)
+    wrong = [n for n, y in whole.items() if (y - truth[n].flatten()).norm() > 1e-9*max(size[n], 1.)]
+    assert not wrong, f"the formulas of the reference and autograd differ in {wrong}: {c} {p}"
     for name, y in truth.items():
         if name == "L":
             if not torch.equal(got[name].isneginf(), y.isneginf()): bad.append("L is -inf elsewhere")
             y, got[name], plain[name] = (z.nan_to_num(neginf=0.) for z in (y, got[name], plain[name]))
             scale = max(y.norm(), math.sqrt(y.numel()))
-        else: scale = max(y.norm(), size[name].norm()/4)
+        else: scale = max(y.norm(), size[name]/2)
         absolute = lambda z: (z.double() - y).norm().item()/(float(scale) or 1.)
         tolerance = TOLERANCE[torch.float32 if name == "L" else c.dtype]  # L is fp32 whatever its inputs are
-        limit = max(2*absolute(plain[name]) + 1e-6, tolerance) + saved
+        kernels = (rounded[name] - whole[name]).norm().item()/(float(scale) or 1.) if name in whole else 0.
+        limit = max(2*absolute(plain[name]) + 1e-6, 2*kernels, tolerance) + unit
         if got[name].shape != y.shape or not absolute(got[name]) <= limit: bad.append(f"{name}: {absolute(got[name]):.1e} above {limit:.1e}")
     return [f"{c} {p} {b}" for b in bad]
 

@@ -20,7 +20,7 @@ __all__ = ['NEEDED', 'EXECUTED', 'TRAFFIC', 'PASSES', 'FIRST', 'SECOND', 'JVP_PA
 # %% ../nbs/bench.ipynb #a21caf10
 import gc, importlib, json, math, multiprocessing, os, re, sys, tempfile, time, warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,7 +28,7 @@ from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -125,18 +125,19 @@ def visible(case:Case, lo:int=0, hi:int|None=None, device="cpu") -> Tensor|None:
     "Which keys the queries from `lo` to `hi` see."
     i, j = torch.arange(lo, min(case.Lq, hi or case.Lq), device=device)[:, None], torch.arange(case.Lk, device=device)
     if case.causal: return j <= i
-    if case.window: return (j <= i + case.Lk - case.Lq) & (j > i + case.Lk - case.Lq - case.window)
+    return (j <= i + case.Lk - case.Lq) & (j > i + case.Lk - case.Lq - case.window) if case.window else None
 
 def inputs(
     case:Case, device="cpu",
     second:bool=False, # also tangents?
     seed:int=0,
-) -> dict[str, Tensor]:
+) -> dict: # name → tensor; the mask may be None
     "Random inputs, cotangent and tangents of a problem, and its mask if it needs one."
     g = torch.Generator(device).manual_seed(seed)
     names = ["q", "k", "v", "do", *["tq", "tk", "tv", "tdo"]*second]
     x = {n: torch.randn(shape_of(case, n), generator=g, device=device, dtype=case.torch_dtype) for n in names}
-    return {**x, "mask": visible(case, device=device)[None, None] if case.window else None}
+    mask = visible(case, device=device) if case.window else None
+    return {**x, "mask": mask if mask is None else mask[None, None]}
 
 # %% ../nbs/bench.ipynb #b63850e8
 def _exact(case, q, do, tq, tdo, k, v, tk, tv, bias):
@@ -161,11 +162,12 @@ def oracle(
 ) -> dict[str, Tensor]: # float64, the heads of `last_heads`
     "What every pass should have returned."
     up = lambda *names: [last_heads(case, x[n], n).double() if n in x else None for n in names]
-    rows, keys, parts = up("q", "do", "tq", "tdo"), up("k", "v", "tk", "tv"), defaultdict(list)
+    rows, keys = up("q", "do", "tq", "tdo"), up("k", "v", "tk", "tv")
+    parts:dict[str, list] = defaultdict(list)
     step = max(1, size*case.Hkv//(case.Hq*case.Lk))
     for lo in range(0, case.Lq, step):
         some = (y if y is None else y[:, :, lo:lo + step] for y in rows)
-        for n, y in _exact(case, *some, *keys, visible(case, lo, lo + step, keys[0].device)).items():
+        for n, y in _exact(case, *(*some, *keys, visible(case, lo, lo + step, x["k"].device))).items():
             parts[n] = [parts[n][0] + y] if n[-1] in "kv" and parts[n] else [*parts[n], y]
     return {n: torch.cat(ys, 2) for n, ys in parts.items()}
 
@@ -348,7 +350,7 @@ def interleave(
     cost = {n: t if t > 100 else min(map(watch.read, timed(n, 2))) for n, t in first.items()}
     rounds = 3 if sum(cost.values()) > 500 else 5
     calls = {n: max(1, min(most//rounds, round(ms/max(c, 1e-3)/rounds))) for n, c in cost.items()}
-    marks = defaultdict(list)
+    marks:dict[str, list] = defaultdict(list)
     for _ in range(rounds):
         for n in runs: marks[n] += timed(n, calls[n])
     return {n: [watch.read(m) for m in marks[n]] for n in runs}
@@ -358,7 +360,7 @@ def quantiles(times:list) -> dict[str, float]: # p20, p50, p80 in ms
     return dict(zip(("p20", "p50", "p80"), map(float, np.quantile(times, (.2, .5, .8)))))
 
 # %% ../nbs/bench.ipynb #11863f49
-def peak(build:Callable, device) -> tuple[int|None, tuple]: # bytes, and the outputs
+def peak(build:Callable, device) -> tuple[int|None, Any]: # bytes, and the outputs
     "Set the stage and run once, and see how much memory that took."
     if torch.device(device).type != "cuda": return None, build()()
     torch.cuda.synchronize(device)
@@ -395,7 +397,7 @@ SPACER = torch.frac # its kernel stands between the calls of different runs, and
 
 def split_names(events:list, n:int) -> list|None: # events: (name, µs) in the order of time; None if they cannot be told apart
     "Times by name between the spacers that `n` runs begin with."
-    groups = []
+    groups:list[list] = []
     for name, us in events:
         if "frac_kernel" in name: groups.append([])
         elif groups: groups[-1].append((name, us))
@@ -419,7 +421,7 @@ def kernels_of(runs:dict[str, Callable], contexts:dict|None=None) -> dict[str, d
 
 def add_up(events) -> dict[str, float]: # of (name, µs)
     "Total time by name; copies and fills are no kernels."
-    total = defaultdict(float)
+    total:dict[str, float] = defaultdict(float)
     for name, us in events:
         if not name.startswith(("Memcpy", "Memset", "Activity Buffer")): total[name[:120]] += us
     return dict(sorted(total.items(), key=lambda item: -item[1]))
@@ -486,6 +488,8 @@ class Bench:
         exact = oracle(work.case, x)
         made = {c: attempt(partial(CONTENDERS[c].make, work.case, x), self.device) for c in work.contenders}
         for name, mode in todo: self._group(work.case, name, mode, x, exact, {c: m for c, m in made.items() if name in CONTENDERS[c].passes})
+
+    _group:Callable # below
 
 # %% ../nbs/bench.ipynb #a765c4ef
 def _row(case, name, contender, facts, times, failure, done=None): # done: products executed
@@ -591,7 +595,7 @@ COVERS = {"forward+backward": ("forward", "backward"), "forward+backward+double-
 
 def compile_ahead(plan:list[Work]) -> list[tuple]: # (case, pass, contender), each to be called once
     "The fewest calls that compile everything a plan needs: of each class the smallest case, of its passes those that contain the others."
-    jobs = {}
+    jobs:dict = {}
     for w in sorted(plan, key=lambda w: unit(w.case)):
         for c in (c for c in w.contenders if c == "theria" or c == "flex" or c.startswith("triton")):
             for p in w.passes:
@@ -615,7 +619,7 @@ def call_ahead(jobs:list[tuple], device, processes:int, say:Callable=print):
     "Call each job once, in processes of their own."
     if not jobs or processes < 2: return
     with ProcessPoolExecutor(min(processes, len(jobs)), multiprocessing.get_context("spawn"), _alone_in_a_process) as pool:
-        waiting = [(pool.submit(_call_once, *job, str(device)), job) for job in jobs]
+        waiting = [(pool.submit(_call_once, *(*job, str(device))), job) for job in jobs]
         for future, (case, name, contender) in waiting:
             why = reason(e) if (e := future.exception()) else future.result()
             if why: say(f"Compiling {contender} ahead for {name} of {case} failed: {why}")
@@ -627,7 +631,7 @@ def case_of(row:dict) -> Case:
 
 def timed(rows:list, name:str, mode:str="eager") -> dict[Case, dict]: # case → contender → row
     "The rows of one pass, by case and contender."
-    found = defaultdict(dict)
+    found:dict[Case, dict] = defaultdict(dict)
     for r in rows:
         if r.get("part") == "time" and (r["pass"], r["mode"]) == (name, mode): found[case_of(r)][r["contender"]] = r
     return dict(found)
@@ -671,7 +675,7 @@ def _short_name(kernel): # without namespaces, template arguments and signature
 
 def kernel_table(rows:list, name:str) -> Table: # of a result file; a key of `PASSES`
     "The main kernel of each contender on each case."
-    found = defaultdict(dict)
+    found:dict[str, dict] = defaultdict(dict)
     for r in rows:
         if r.get("part") == "kernels" and r["pass"] == name and r["kernels"]:
             where = str(case_of(r)) if "Lq" in r else f"D{r['D']}{' causal'*r['causal']}{' rectangular'*(not r['square'])}" if "D" in r else "all"
@@ -694,7 +698,7 @@ def to_terminal(table:Table, width:int|None=None):
     Console(width=width or (None if sys.stdout.isatty() else 240)).print(rich)
 
 # %% ../nbs/bench.ipynb #ca918eeb
-def latest(rows:list) -> list:
+def latest(rows:Iterable[dict]) -> list:
     "Of rows that measure the same on the same device, the last."
     names = ("device", "torch", "triton", "precision", "part", "mode", "pass", "contender", "op", *(f.name for f in fields(Case)), "square", "grouped",
              "BM", "BN", "warps", "stages", "N", "attention")
@@ -762,7 +766,7 @@ def speedups(rows:list, over:str="math", mode:str="eager", grid:str="", **where)
     "Time of another contender over time of theria."
     found = {}
     for name in PASSES:
-        by = defaultdict(dict)
+        by:dict[int, dict] = defaultdict(dict)
         for r in select(rows, name, mode, grid, **where): by[r["Lq"]][r["contender"]] = r["p50"]
         points = [(n, t[over]/t["theria"]) for n, t in by.items() if t.get(over) and t.get("theria")]
         if points: found[name] = points
@@ -840,7 +844,7 @@ def plan_sdpa(
     plan += [Work(Case(*sizes, 64, dtype), FIRST if sizes[2] < 10**5 else FIRST[:2], names) for sizes, names in RECTANGLES if g.anchors and not lengths]
     plan += [Work(case, FIRST, (*some, *["math"]*(g.wide or case.B*case.Hq*case.Lq*case.Lk <= 2**31)))
              for n in lengths or g.lengths for D in dims for c in triangles for case in [square(n, D, c)]]
-    found = {}
+    found:dict[Case, Work] = {}
     for w in plan: found.setdefault(w.case, w)
     return [w for w in found.values() if not lengths or w.case.Lq in lengths]
 
@@ -849,7 +853,7 @@ SECOND_SHAPES = { # (B, H, N, D, causal)
     "anchors": [(4, 8, 2048, 64, False), (1, 8, 16384, 64, False), (4, 8, 512, 64, False), (8, 8, 128, 64, False), (4, 8, 2048, 128, False), (1, 8, 16384, 128, False),
                 (1, 8, 16384, 64, True), (4, 8, 4096, 64, False), (4, 8, 4096, 64, True), (4, 16, 4096, 64, False), (4, 8, 1024, 64, False), (1, 8, 8192, 64, False)],
     "published": [*[(2, 12, 2**i, 64, False) for i in range(5, 12)], (1, 32, 8192, 64, False), *[(1, 1, 2**i, 64, False) for i in range(13, 18)]]}
-TEST_TIME_TRAINING = dict(B=1, Hq=16, Lq=1024, Lk=9216, D=64, window=8192)
+TEST_TIME_TRAINING:dict = dict(B=1, Hq=16, Lq=1024, Lk=9216, D=64, window=8192)
 SECOND_PRESETS = {"small": Grid((), (64,), (False,)), "medium": Grid((), anchors=True), "large": Grid(tuple(2**i for i in range(7, 15)), wide=True),
                   "paper": Grid(tuple(2**i for i in range(5, 17)), wide=True)}
 GRAPHED = 2048 # keys up to which a case is measured as a CUDA graph too
@@ -1170,7 +1174,7 @@ def _in_processes(pool, case, op, device, say, configs): # what `compile_only` s
 # %% ../nbs/bench.ipynb #762d8a7e
 def run_tune(
     ops:tuple=(), # keys of `FOOTPRINT`; empty is all
-    cases:list=(), # one for each entry that is wanted
+    cases:Sequence=(), # one for each entry that is wanted
     out:Path|str="out", # folder of bench-tune.json
     device="cuda", # of `usable`
     ms:float=10., seconds:float=math.inf, processes:int=0, seed:int=0,
@@ -1188,7 +1192,7 @@ def run_tune(
     try:
         for op, case in tqdm(jobs, disable=not show, leave=False):
             if time.perf_counter() - start > seconds: break
-            compiled = pool and partial(_in_processes, pool, case, op, device, say)
+            compiled = partial(_in_processes, pool, case, op, device, say) if pool else None
             with steady(): found.append(search(bench, op, case, compiled, configs))
             _free(bench.device)
     except KeyboardInterrupt:
@@ -1205,7 +1209,7 @@ def run_tune(
 # %% ../nbs/bench.ipynb #f27f71dc
 def read_rows(path:Path) -> list[dict]: # flat, of all runs
     "The rows of a result file, which stays untouched whatever is in it."
-    try: x = from_json(Path(path).read_text(encoding="utf-8"))
+    try: x:dict = from_json(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e: x = dict(format=str(e))
     if not isinstance(x, dict) or x.get("format") != FORMAT:
         raise ContractError(f"got the file {Path(path).name}, which is not in the format {FORMAT}; accepted is a result file of theria bench: name one of those.")

@@ -257,7 +257,7 @@ def audit(
     _check_file(to)
     at = pick_device(device)
     if target == "all": return _survey(at, to)
-    fn = find_attention(target, at)
+    fn = find_attention(target, str(at))
     found = run(fn, name=target, B=batch, H=heads, n_kv_heads=kv_heads or None, Lq=lq, Lk=lk, D=head_dim, Dv=value_dim or None,
                 seed=seed, dtype=getattr(torch, dtype), device=at, is_causal=causal, layout=layout)
     if found.rows[0].outcome == "raises":
@@ -344,7 +344,7 @@ def maml(
 
     Finished pieces are kept in DIR/maml.json and not computed again; a run that was killed continues where it was. The learning curves are in DIR/maml.png. Under torchrun the processes share the tasks."""
     from theria.meta.safety import run_maml
-    typed = {} if ways is None else dict(ways=ways)
+    typed:dict = {} if ways is None else dict(ways=ways)
     run_maml(data=data, estimator=estimator.lower(), backend=backend, device=device, out=result_folder(out), options=option, shots=shots, queries=queries, inner_steps=inner_steps,
              inner_lr=inner_lr, momentum=momentum, prox=prox, learn_lr=learn_lr, steps=steps, tasks=tasks, outer_lr=outer_lr, d_model=d_model, n_layers=n_layers, test_tasks=test_tasks,
              seed=seed, **typed)
@@ -376,7 +376,7 @@ def train_np(
 
     Finished chunks are kept in DIR/train-np.json and DIR/train-np.pt: run the same command again to resume an interrupted run."""
     from theria.neural_process.training import Switches, train_np as run
-    changes = {name: value for name, value in dict(steps=steps, batch=batch, targets=targets, contexts=contexts).items() if value}
+    changes:dict = {name: value for name, value in dict(steps=steps, batch=batch, targets=targets, contexts=contexts).items() if value}
     switches = Switches(attention=attention, mlp=fused, heads=fused, gmm=fused, adamw=fused, precision=precision, compile=compile, graph=graph, checkpoint=checkpoint)
     run(preset, task, seed=seed, device=device, out=result_folder(out), switches=switches, **changes)
 
@@ -608,9 +608,9 @@ def reproduce(
         return
     found = find_shown(label)
     o = origin(found)
-    print(f"{found.label} of nbs/{found.page}: {found.caption}")
+    print(f"{found.label} of nbs/{found.page}: {found.caption}" + "".join(f"\n  stored in nbs/results/{name}" for name in found.files))
     for i, command in enumerate(o.commands):
-        print(f"  {_shell(command)}" + (f"\n    run on {o.where[i]}" if o.where else ""))
+        print(f"  {_shell(command)}" + (f"\n    run on {o.where[i]}" if o.where else ""), flush=True)
         if run and (code := subprocess.run(command).returncode): raise typer.Exit(130 if code in (130, -2) else 1)
 
 def _shell(command): # as one would type it

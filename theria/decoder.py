@@ -196,12 +196,12 @@ def gradient_norms(
     model:DecoderTransformer, # after a backward pass
 ) -> dict[str, float|None]: # ‖∂loss/∂θ‖ of each part; None where some parameter of the part received no gradient
     "How much gradient reaches each part of the model."
-    parts = {"tokens": model.tokens, "positions": model.positions}
+    parts:dict = {"tokens": model.tokens, "positions": model.positions}
     for i, block in enumerate(model.blocks): parts |= {f"blocks.{i}.attention": block.attention, f"blocks.{i}.mlp": block.mlp}
     norms = {}
     for name, part in (parts | {"norm": model.norm, "head": model.head}).items():
         grads = [p.grad for p in part.parameters()]
-        norms[name] = None if any(g is None for g in grads) else torch.stack([g.norm() for g in grads]).norm().item()
+        norms[name] = None if any(g is None for g in grads) else torch.stack([g.norm() for g in grads if g is not None]).norm().item()
     return norms
 
 # %% ../nbs/decoder.ipynb #23bb1248
@@ -249,7 +249,7 @@ def main(
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     try: code, message = app(argv, standalone_mode=False) or 0, "interrupted." # typer returns 130 after Ctrl-C, or raises Abort
-    except typer.BadParameter.__base__ as e: code, message = 2, f"{e.format_message().rstrip('.')}: see --help." # all that the parser refuses
+    except typer.BadParameter.__base__ as e: code, message = 2, f"{e.format_message().rstrip('.')}: see --help." # type: ignore[misc] # all that the parser refuses
     except ContractError as e: code, message = 2, str(e)
     except typer.Abort: code, message = 130, "interrupted."
     if not code: return

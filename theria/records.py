@@ -255,7 +255,8 @@ class Record(_SharedFile):
         *, device:str="cpu",        # device named in the provenance
         notify:Callable=_warn,      # called with one sentence when the file is damaged
     ):
-        self.run, self.device, self.session = plain(run or {}), device, None
+        self.run, self.device = plain(run or {}), device
+        self.session:str|None = None # named by the first row
         super().__init__(path, notify)
 
     def add(self,

@@ -24,7 +24,7 @@ SERIES = [dict(color=LIGHT[c], marker=m, linestyle=s)
           for c, m, s in zip(("blue", "red", "green", "purple", "orange"), "osD^v", ("-", "--", "-.", ":", "-"))]
 
 # %% ../nbs/report.ipynb #bef89bf6
-STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
+STYLE:dict = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8.5, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
     "text.color": LIGHT["ink"], "axes.labelcolor": LIGHT["ink"], "axes.titlecolor": LIGHT["ink"], "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.edgecolor": LIGHT["soft"], "xtick.color": LIGHT["soft"], "ytick.color": LIGHT["soft"],
     "xtick.labelcolor": LIGHT["ink"], "ytick.labelcolor": LIGHT["ink"],

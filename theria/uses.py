@@ -93,7 +93,8 @@ def top_eigenvalue(
     tol:float=1e-3, # stop when the bound is below this share of the value
 ) -> Top:
     "The algebraically largest eigenvalue of a symmetric operator, by the method of Lanczos."
-    V, alphas, betas, history = [start/start.norm()], [], [], []
+    V, alphas, history = [start/start.norm()], [], []
+    betas:list[float] = []
     for _ in range(steps):
         w = product(V[-1])
         alphas.append((w @ V[-1]).item())
@@ -134,6 +135,7 @@ class Potential(nn.Module):
         backend:str|Callable="auto", # as for `TransformerBlock`
     ):
         super().__init__()
+        self.centers:Tensor
         self.kinds, self.radial, self.out = nn.Embedding(n_kinds, d_model), nn.Linear(basis, layers*n_heads, bias=False), nn.Linear(d_model, 1)
         self.blocks = nn.ModuleList(TransformerBlock(d_model, n_heads, backend=backend) for _ in range(layers))
         nn.init.normal_(self.radial.weight) # so that distances matter from the first step on
@@ -153,10 +155,10 @@ class Potential(nn.Module):
 def force_loss(energy:Callable, x:Tensor, E:Tensor, F_:Tensor, weights:tuple=(1., 1.)) -> Tensor: # E (B,), F_ (B, n, d)
     "The loss of @eq-forces, with a weight for each term."
     found, force = forces(energy, x, create_graph=True) if weights[1] else (energy(x), None)
-    return weights[0]*(found - E).pow(2).mean()/E.var() + (weights[1]*(force - F_).pow(2).mean()/F_.var() if weights[1] else 0)
+    return weights[0]*(found - E).pow(2).mean()/E.var() + (0 if force is None else weights[1]*(force - F_).pow(2).mean()/F_.var())
 
 # %% ../nbs/uses.ipynb #e0c68702
-ATTENTIONS = {"theria": "triton_full_fused", "math": math_path}
+ATTENTIONS:dict[str, str|Callable] = {"theria": "triton_full_fused", "math": math_path}
 
 def _half(model, device): # the model in bf16 as far as autocast goes, with a float32 result; derivatives are taken outside
     def f(*x):
@@ -248,7 +250,7 @@ def run_uses(
 
 def uses_table(rows:list) -> Table: # of a result file
     "Both attentions side by side."
-    by = {}
+    by:dict = {}
     for r in rows: by.setdefault((r["part"], r["N"]), {})[r["attention"]] = r
     def cell(r, what, scale=1.):
         if r is None: return None

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ def _dual_rof(f, z):
     x, t = _leaves(z.x[:3]), _leaves(z.t[:3])
     with forward_ad.dual_level():
         o = f(*_duals(x, t))
-        o, to = forward_ad.unpack_dual(o).primal, *_tangents((o,))
+        (to,), o = _tangents((o,)), forward_ad.unpack_dual(o).primal
     return torch.autograd.grad(_rof(z, o, to, x, t), (*x, *t)) # with the level closed: inside it the gradient would get a tangent too, third order
 
 # %% ../../nbs/attention/audit.ipynb #75028ff5
@@ -288,6 +288,10 @@ class Audit:
     device:str
     is_causal:bool
     seed:int
+
+    summary:ClassVar[property] # this and the rest stand further down
+    to_dict:ClassVar[Callable[..., dict]]; from_dict:ClassVar[Callable[..., "Audit"]]
+    __rich__:ClassVar[Callable]; _repr_markdown_:ClassVar[Callable[..., str]]
 
     def _of(self, outcome): return [r for r in self.rows if r.outcome == outcome]
 

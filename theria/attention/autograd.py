@@ -34,9 +34,10 @@ class Link(Function):
         return super(Function, cls).apply(*args)
 
 _LEGACY_VMAP = torch._C._parse_dispatch_key("VmapMode")
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
 
 def run(name, *args): # the operator theria::name, or its implementation when nobody is watching
-    watched = (type(args[0]) is not torch.Tensor or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    watched = (not _PLAIN.issuperset(map(type, args)) or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
                or torch._C._dispatch_tls_is_dispatch_key_included(_LEGACY_VMAP)) # the batching of autograd.grad(…, is_grads_batched=True)
     return getattr(torch.ops.theria, name)(*args) if watched else ops.IMPLEMENTATIONS[name](*args)
 
@@ -81,6 +82,7 @@ class Jvp(Link):
         ctx.numbers = scale, is_causal, dropout_p
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors, *output) # not used, but vmap of the refusal below wants it
 
     @staticmethod
     def backward(ctx, c, cL):
@@ -120,7 +122,7 @@ class Backward(Link):
         if ddq is None and ddk is None and ddv is None and ddbias is None: return (None,)*14
         *problem, o, L, do, dL, dq = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if not any(needs[:4]): gq, gk, gv, ddo, ddL, gbias = None, None, None, *Jvp.apply(*problem, o, L, ddq, ddk, ddv, ddbias, *ctx.numbers, "exact"), None
+        if not any(needs[:4]): (ddo, ddL), gq, gk, gv, gbias = Jvp.apply(*problem, o, L, ddq, ddk, ddv, ddbias, *ctx.numbers, "exact"), None, None, None, None
         else: gq, gk, gv, ddo, ddL, gbias = DoubleBackward.apply(*problem, o, L, do, dL, dq, ddq, ddk, ddv, ddbias, *ctx.numbers, needs[3])
         return gq, gk, gv, gbias if needs[3] else None, None, None, None, ddo, None if dL is None else ddL, None, None, None, None, None
 

@@ -18,7 +18,7 @@ from . import tuning
 from .contract import ContractError
 from .forward import bias_kind, bias_strides, carries, dropout, key_range, padded, place, precision, scale_log2, shapes_of
 from .reference import Grads
-from .hull import hide_outside, hull, hull_range, hull_strides, worth_a_hull
+from .hull import around, hull, hull_range, hull_strides, worth_a_hull
 from .launch import Launch, hold, launch, plan_laid_out, planned
 from .tiles import NO_BIAS, dot, factor, hide_and_bias, keep, load_lse2, load_tile, row_dot, seed_of, store_tile
 
@@ -43,12 +43,13 @@ def _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, k_l, v_l, bias_i, bias_j,
                BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     n, d, dv = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
     c = factor(scale2, BIAS)
-    for j0 in tl.range(lo, hi, BN):
+    for at in tl.range(lo, hi, BN):
+        j0 = around(at, core)
         k = load_tile(p_k + tl.cast(j0, tl.int64)*k_l, n, d, k_l, Lk - j0, D, EDGE, D < BD)
         v = load_tile(p_v + tl.cast(j0, tl.int64)*v_l, n, dv, v_l, Lk - j0, DV, EDGE, DV < BDV)
         j = (j0 + n)[None, :]
         x = dot(q, tl.trans(k), tl.zeros([q.shape[0], BN], tl.float32), PRECISION)
-        x = hide_outside(x, i, j, j0, core, BN, p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, EDGE)
+        x = hide_and_bias(x, i, j, p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, EDGE)
         p = tl.exp2(x*c - L2[:, None])
         a = dot(do, tl.trans(v), tl.zeros([q.shape[0], BN], tl.float32), PRECISION)
         if DROP: a = tl.where(keep(seed, i_drop, i, j, threshold), a*keep_scale, 0.)
@@ -101,8 +102,9 @@ def _query_block(pid, pointers, strides, sizes, numbers,
             dq = _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, s_k[2], s_v[2], bias_i, bias_j, i, i_drop, full, end, None, scale2, Lq, Lk, seed, threshold, keep_scale,
                             D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
     else:
-        begin, end, core = hull_range(p_rows, s_rows, i_b, i_h, i0, Lq, BM, BN)
-        if SPLIT: begin, end = tl.maximum(begin, lo), tl.minimum(end, hi)
+        begin, end, core = hull_range(p_rows, s_rows, i_b, i_h, i0, Lq, lo, hi, BM, BN)
+        dq = _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, s_k[2], s_v[2], bias_i, bias_j, i, i_drop, core[0], core[0] + core[1], None, scale2, Lq, Lk, seed, threshold, keep_scale,
+                        D, DV, BD, BDV, BN, NO_BIAS, CAUSAL, DROP, False, PRECISION)
         if begin < end:
             dq = _walk_keys(dq, q, do, L2, delta, p_k, p_v, p_bias, s_k[2], s_v[2], bias_i, bias_j, i, i_drop, begin, end, core, scale2, Lq, Lk, seed, threshold, keep_scale,
                             D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
@@ -128,7 +130,8 @@ def _walk_queries(dk, dv, k, v, heads, rows, o_l, q_l, do_l, dq_d, bias_i, bias_
     p_L, p_dL, p_delta, row = rows
     r, d, e = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
     c = factor(scale2, BIAS)
-    for i0 in tl.range(lo, hi, BM):
+    for at in tl.range(lo, hi, BM):
+        i0 = around(at, core)
         q = load_tile(p_q + tl.cast(i0, tl.int64)*q_l, r, d, q_l, Lq - i0, D, True, D < BD)
         do = load_tile(p_do + tl.cast(i0, tl.int64)*do_l, r, e, do_l, Lq - i0, DV, True, DV < BDV)
         i = (i0 + r)[None, :]
@@ -136,7 +139,7 @@ def _walk_queries(dk, dv, k, v, heads, rows, o_l, q_l, do_l, dq_d, bias_i, bias_
         if REMAKE: delta = _row_delta(do, load_tile(p_o + tl.cast(i0, tl.int64)*o_l, r, e, o_l, Lq - i0, DV, True, DV < BDV), p_dL, row + i0, r, Lq - i0)
         else: delta = tl.load(p_delta + row + i0 + r, mask=i0 + r < Lq, other=0.)
         x = dot(k, tl.trans(q), tl.zeros([k.shape[0], BM], tl.float32), PRECISION)
-        x = hide_outside(x, i, j, i0, core, BM, p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, DIAGONAL)
+        x = hide_and_bias(x, i, j, p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, DIAGONAL)
         p = tl.exp2(x*c - L2[None, :])
         a = dot(v, tl.trans(do), tl.zeros([k.shape[0], BM], tl.float32), PRECISION)
         pz = p
@@ -144,7 +147,9 @@ def _walk_queries(dk, dv, k, v, heads, rows, o_l, q_l, do_l, dq_d, bias_i, bias_
             kept = keep(seed, i_drop, i, j, threshold)
             pz, a = tl.where(kept, p*keep_scale, 0.), tl.where(kept, a*keep_scale, 0.)
         dv = dot(pz.to(do.dtype), do, dv, PRECISION)
-        ds = (p*(a - delta[None, :])).to(q.dtype)
+        ds = p*(a - delta[None, :])
+        if ATOMIC: ds = tl.where(j < Lk, ds, 0.) # a key that is not there has p = exp(-L), which may be infinite, and 0·∞ is not 0
+        ds = ds.to(q.dtype)
         dk = dot(ds, q, dk, PRECISION)
         if ATOMIC:
             dq = dot(tl.trans(k), ds, tl.zeros([BD, BM], tl.float32), PRECISION)
@@ -187,8 +192,9 @@ def _key_block(pid, pointers, strides, sizes, numbers,
             dk, dv = _walk_queries(dk, dv, k, v, heads, rows, s_o[2], s_q[2], s_do[2], s_dq[2], bias_i, bias_j, j, i_drop, tl.maximum(full, lo) if SPLIT else full, hi, None, scale2,
                                    Lq, Lk, seed, threshold, keep_scale, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, False, REMAKE, ATOMIC, PRECISION)
         else:
-            begin, end, core = hull_range(p_cols, s_cols, i_b, i_h, j0, Lk, BN, BM)
-            if SPLIT: begin, end = tl.maximum(begin, lo), tl.minimum(end, hi)
+            begin, end, core = hull_range(p_cols, s_cols, i_b, i_h, j0, Lk, lo, hi, BN, BM)
+            dk, dv = _walk_queries(dk, dv, k, v, heads, rows, s_o[2], s_q[2], s_do[2], s_dq[2], bias_i, bias_j, j, i_drop, core[0], core[0] + core[1], None, scale2,
+                                   Lq, Lk, seed, threshold, keep_scale, D, DV, BD, BDV, BM, NO_BIAS, CAUSAL, DROP, False, REMAKE, ATOMIC, PRECISION)
             dk, dv = _walk_queries(dk, dv, k, v, heads, rows, s_o[2], s_q[2], s_do[2], s_dq[2], bias_i, bias_j, j, i_drop, begin, end, core, scale2,
                                    Lq, Lk, seed, threshold, keep_scale, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, False, REMAKE, ATOMIC, PRECISION)
     store_tile(_at(p_dk, s_dk, i_out, i_hk, start), dk*scale, n, d, s_dk[2], Lk - j0, D)
@@ -252,7 +258,7 @@ def _add_up(parts, out): # (S·B, H, L, D) fp32 into (B, H, L, D)
 
 # %% ../../nbs/attention/backward.ipynb #ef0c38fe
 FORMS = ("two", "once", "atomic")
-_asked = [(None, None)]
+_asked:list[tuple] = [(None, None)]
 
 @contextmanager
 def arrangement(

@@ -74,7 +74,7 @@ def resolve_backend(
     if name not in implementations:
         raise BackendUnavailable(f"got backend={name!r}, which this version of theria does not have yet; "
                                  f"accepted are auto, {', '.join(implementations)}: use backend='auto'.")
-    if name.startswith("triton") and not _runs_triton(device) and not INTERPRETING:
+    if name.startswith("triton") and not _runs_triton(device) and not (INTERPRETING and device.type in ("cpu", "cuda")):
         raise BackendUnavailable(f"got backend={name!r} with tensors on {device.type}; Triton kernels need a CUDA device of compute capability 8.0 "
                                  "or newer, or TRITON_INTERPRET=1 set before import: move the tensors, or use backend='reference'.")
     return name

@@ -210,7 +210,7 @@ def special_double(
     scale:float, is_causal:bool, dropout_p:float, bias_grad:bool,
 ): # called with x, gives what `double_backward` gives; None if the problem is not of this kind
     "The double backward in one tile."
-    if not takes_short(*x[:4], dropout_p, bias_grad) or x[13] is not None: return None
+    if not takes_short(x[0], x[1], x[2], x[3], dropout_p, bias_grad) or x[13] is not None: return None
     return _planned_double(x, scale, is_causal, dropout_p, None, precision(x[0].dtype))
 
 @special("backward")
@@ -219,6 +219,6 @@ def special_backward(
     scale:float, is_causal:bool, dropout_p:float, bias_grad:bool,
 ): # called with x, gives what `backward` gives; None if the problem is not of this kind
     "The backward in one tile."
-    if not takes_short(*x[:4], dropout_p, bias_grad) or x[0].shape[0]*x[0].shape[1] < FULL: return None
+    if not takes_short(x[0], x[1], x[2], x[3], dropout_p, bias_grad) or x[0].shape[0]*x[0].shape[1] < FULL: return None
     run = _planned_backward((*x[:5], *x[6:]), scale, is_causal, dropout_p, None, precision(x[0].dtype))
     return lambda q, k, v, bias, seed, o, *rest: run(q, k, v, bias, seed, *rest)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # %% ../../nbs/attention/forward.ipynb #4a76cebd
 from . import tuning
-from .hull import hide_outside, hull, hull_range, hull_strides, worth_a_hull
+from .hull import around, hull, hull_range, hull_strides, worth_a_hull
 from .launch import Launch, hold, plan_laid_out, planned
 from .tiles import (ADD_BIAS, BOOL_BIAS, LN2, LOG2E, NO_BIAS, dot, factor, hide_and_bias, keep, keep_threshold, load_tile,
                                     online_softmax, seed_of, store_tile)
@@ -36,11 +36,12 @@ def _walk(a, m, l, q, p_k, p_v, p_bias, k_l, v_l, bias_i, bias_j, i, i_drop, lo,
           BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     n, d, dv = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
     c = factor(scale2, BIAS)
-    for j0 in tl.range(lo, hi, BN):
+    for at in tl.range(lo, hi, BN):
+        j0 = around(at, core)
         k = load_tile(p_k + tl.cast(j0, tl.int64)*k_l, n, d, k_l, Lk - j0, D, EDGE, D < BD)
         x = dot(q, tl.trans(k), tl.zeros([q.shape[0], BN], tl.float32), PRECISION)
         j = (j0 + n)[None, :]
-        x = hide_outside(x, i, j, j0, core, BN, p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, EDGE)
+        x = hide_and_bias(x, i, j, p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, EDGE)
         p, alpha, m, l = online_softmax(m, l, x, c, BIAS != NO_BIAS)
         if DROP: p = tl.where(keep(seed, i_drop, i, j, threshold), p, 0.)
         v = load_tile(p_v + tl.cast(j0, tl.int64)*v_l, n, dv, v_l, Lk - j0, DV, EDGE, DV < BDV)
@@ -80,7 +81,9 @@ def _forward_kernel(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_hull, q_b, q_h, q
             a, m, l = _walk(a, m, l, q, p_k, p_v, p_bias, k_l, v_l, bias_i, bias_j, i, i_drop, full, end, None, scale2, Lq, Lk, seed, threshold,
                             D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
     else:
-        lo, hi, core = hull_range(p_hull, (hull_b, hull_h, hull_u), i_b, i_h, i0, Lq, BM, BN)
+        lo, hi, core = hull_range(p_hull, (hull_b, hull_h, hull_u), i_b, i_h, i0, Lq, 0, Lk, BM, BN)
+        a, m, l = _walk(a, m, l, q, p_k, p_v, p_bias, k_l, v_l, bias_i, bias_j, i, i_drop, core[0], core[0] + core[1], None, scale2, Lq, Lk, seed, threshold,
+                        D, DV, BD, BDV, BN, NO_BIAS, CAUSAL, DROP, False, PRECISION)
         if lo < hi:
             a, m, l = _walk(a, m, l, q, p_k, p_v, p_bias, k_l, v_l, bias_i, bias_j, i, i_drop, lo, hi, core, scale2, Lq, Lk, seed, threshold,
                             D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)

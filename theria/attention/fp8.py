@@ -64,7 +64,7 @@ def forward_reference(
     q, k, v = (round_blocks(x, n).double() for x, n in ((q, Q_ROWS), (k, KV_ROWS), (v, KV_ROWS)))
     s = sums(q, k)*scale_log2(scale)
     if is_causal: s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), -torch.inf)
-    m, l, total, a = s.new_full(s.shape[:-1], -torch.inf), 0., 0., 0.
+    m, l, total, a = s.new_full(s.shape[:-1], -torch.inf), *(s.new_zeros(()) for _ in range(3))
     for x, y in zip(s.split(keys, -1), v.split(keys, -2)):
         top = torch.maximum(m, x.amax(-1))
         alpha, p = torch.exp2(m - top), torch.exp2(x - top[..., None] + 8)

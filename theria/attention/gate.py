@@ -125,7 +125,7 @@ def candidates(arch): # every configuration that a lookup on this architecture c
                 if c: yield (op, dtype, D, True, c), False
 
 def problems(
-    candidate:tuple, # of `candidates`
+    candidate:tuple[str, str, int, bool, Config], # of `candidates`
     pinned:bool, # is it from the table?
     arch:int,
     **form, # how it is compiled, for `compile`, such as aligned=False

@@ -231,12 +231,12 @@ def takes(
     if INTERPRET or not q.is_cuda or any(x is not None and not (isinstance(x, float) and x == 0) for x in without) or any(x is None for x in others): return None
     D = q.shape[3]
     if q.dtype not in (torch.float16, torch.bfloat16) or D not in (64, 128) or v.shape[3] != D or q.shape[0]*q.shape[1]*q.shape[2]*k.shape[2] < worth(op, D): return None
-    if not _is_hopper(q.device.index) or not all(aligned(x) and x.dtype == q.dtype for x in (q, k, v, *others)): return None
+    if not _is_hopper(q.device.index) or not all(aligned(x) and x.dtype == q.dtype for x in (q, k, v, *others)): return None # type: ignore[union-attr]
     found = tuning.table().get("sm_90", {}).get(f"{op} hopper", {}).get(tuning.entry_name(q.dtype, D, is_causal))
     return found and Stream(*found)
 
 # %% ../../nbs/attention/hopper.ipynb #f5cd4f71
-SPECIALS = {} # op → (kernel, function of a Stream that gives the remaining compile-time constants)
+SPECIALS:dict = {} # op → (kernel, function of a Stream that gives the remaining compile-time constants)
 
 def assemble(
     op:str, # a key of `SPECIALS`

@@ -442,3 +442,4 @@ def hopper_tangent_kv(
         kernel, constants = SPECIALS[op]
         programs, numbers = grid_and_numbers(q, k, scale, k.shape[1], k.shape[2], 1 if op == "tangent_pair" else config.consumers)
         return Streamed(kernel, programs, "q k v bias seed L do tq tk tv tbias tdo r delta tdelta gk gv", numbers, config, **constants(config), CAUSAL=is_causal)
+    return None

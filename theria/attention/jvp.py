@@ -14,9 +14,9 @@ from torch import Tensor
 # %% ../../nbs/attention/jvp.ipynb #e77a405c
 from . import tuning
 from .forward import bias_kind, bias_strides, carries, dropout, key_range, place, precision, scale_log2, shapes_of
-from .hull import hide_outside, hull, hull_range, hull_strides, worth_a_hull
+from .hull import around, hull, hull_range, hull_strides, worth_a_hull
 from .launch import Launch, hold, plan_laid_out, planned
-from .tiles import dot, factor, hide_and_bias, keep, load_lse2, load_tile, seed_of, store_tile
+from .tiles import NO_BIAS, dot, factor, hide_and_bias, keep, load_lse2, load_tile, seed_of, store_tile
 
 # %% ../../nbs/attention/jvp.ipynb #33c40375
 @triton.jit
@@ -46,10 +46,11 @@ def _walk(a, r, q, tq, L2, i, keys, biases, drop, numbers, lo, hi, core, D: tl.c
     seed, i_drop, threshold, _ = drop
     scale, scale2, Lq, Lk = numbers
     n, d, dv = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
-    for j0 in tl.range(lo, hi, BN):
+    for at in tl.range(lo, hi, BN):
+        j0 = around(at, core)
         first, j = tl.cast(j0, tl.int64), (j0 + n)[None, :]
         k = load_tile(p_k + first*k_l, n, d, k_l, Lk - j0, D, EDGE, D < BD)
-        x = hide_outside(pair(q, k, PRECISION), i, j, j0, core, BN, p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, EDGE)
+        x = hide_and_bias(pair(q, k, PRECISION), i, j, p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, EDGE)
         p = tl.exp2(x*factor(scale2, BIAS) - L2[:, None])
         pz, z = p, 1.
         if DROP:
@@ -99,7 +100,8 @@ def _jvp_kernel(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_tq, p_tk, p_tv, p_tbi
         a, r = _walk(a, r, q, tq, L2, i, keys, biases, drop, numbers, 0, full, None, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, False, PRECISION)
         if full < end: a, r = _walk(a, r, q, tq, L2, i, keys, biases, drop, numbers, full, end, None, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
     else:
-        lo, hi, core = hull_range(p_hull, (hull_b, hull_h, hull_u), i_b, i_h, i0, Lq, BM, BN)
+        lo, hi, core = hull_range(p_hull, (hull_b, hull_h, hull_u), i_b, i_h, i0, Lq, 0, Lk, BM, BN)
+        a, r = _walk(a, r, q, tq, L2, i, keys, biases, drop, numbers, core[0], core[0] + core[1], None, D, DV, BD, BDV, BN, NO_BIAS, CAUSAL, DROP, False, PRECISION)
         if lo < hi: a, r = _walk(a, r, q, tq, L2, i, keys, biases, drop, numbers, lo, hi, core, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
     a *= keep_scale
     if not FROZEN:
@@ -119,7 +121,7 @@ def _plan(x, scale, is_causal, dropout_p, stats, config, prec):
     made = torch.empty_like(o, memory_format=torch.contiguous_format, device="meta")
     if L.numel() == 0 or Lk == 0: return lambda *x: tuple(torch.zeros_like(y, memory_format=torch.contiguous_format) for y in (x[5], x[6]))
     kernel = None if config else hold("jvp", x, scale, is_causal, dropout_p, stats)
-    tabled = worth_a_hull(bias, B*Hq, Lq, Lk)
+    tabled = tbias is None and worth_a_hull(bias, B*Hq, Lq, Lk)
     if kernel is None:
         c = config or tuning.lookup("jvp", q, Dv, Lk, is_causal, carries(bias, tabled))
         kernel = Launch(_jvp_kernel, triton.cdiv(Lq, c.BM)*B*Hq, (

@@ -21,7 +21,8 @@ from .tangent_backward import double_backward as _double_backward, tangent_backw
 _library = torch.library.Library("theria", "FRAGMENT")
 _problem = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? seed"
 _numbers = "float scale, bool is_causal, float dropout_p"
-IMPLEMENTATIONS, _fresh = {}, set()
+IMPLEMENTATIONS:dict = {}
+_fresh:set = set()
 
 def _define(name, schema, impl, fake): # an operator with a kernel for CUDA, and for the CPU through Triton's interpreter
     IMPLEMENTATIONS[name] = impl

@@ -64,7 +64,8 @@ def for_reference(
 ) -> tuple[tuple, dict]: # q, k, v, bias in float64, and the keyword arguments
     "The problem as the reference takes it."
     *args, seed = s.args
-    drop = dropout_mask(seed, *args[0].shape[:3], args[1].shape[2], s.options["dropout_p"]).double() if seed is not None else None
+    (B, H, Lq, _), Lk = args[0].shape, args[1].shape[2]
+    drop = dropout_mask(seed, B, H, Lq, Lk, s.options["dropout_p"]).double() if seed is not None else None
     return tuple(map(up, args)), dict(scale=s.options["scale"], is_causal=s.options["is_causal"], drop=drop)
 
 # %% ../../nbs/attention/samples.ipynb #fbc0c300

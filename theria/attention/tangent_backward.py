@@ -15,20 +15,20 @@ from torch import Tensor
 from . import tuning
 from .backward import backward, query_range, store_bias_tile
 from .forward import bias_kind, bias_strides, carries, dropout, key_range, padded, place, precision, scale_log2, shapes_of
-from .hull import hide_outside, hull, hull_range, hull_strides, worth_a_hull
+from .hull import around, hull, hull_range, hull_strides, worth_a_hull
 from .jvp import add_bias_tangent, jvp, pair, pair_tangent, strides3
 from .launch import Launch, hold, plan_laid_out, planned
 from .reference import Grads
-from .tiles import dot, factor, hide_and_bias, keep, load_lse2, load_tile, row_dot, seed_of, store_tile
+from .tiles import NO_BIAS, dot, factor, hide_and_bias, keep, load_lse2, load_tile, row_dot, seed_of, store_tile
 
 # %% ../../nbs/attention/tangent_backward.ipynb #c590d5d6
 @triton.jit
-def four(x, tx, u, tu, y, ty, w, tw, L2, i, j, streamed, biases, drop, numbers, BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
+def four(x, tx, u, tu, y, ty, w, tw, L2, i, j, biases, drop, numbers, BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     "P, T, A and G of @eq-four, and Z"
     p_bias, bias_i, bias_j, p_tbias, tbias_i, tbias_j = biases
     seed, i_drop, threshold, keep_scale = drop
     scale, scale2, Lq, Lk = numbers
-    s = hide_outside(pair(x, y, PRECISION), i, j, streamed[0], streamed[1], y.shape[0], p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, EDGE)
+    s = hide_and_bias(pair(x, y, PRECISION), i, j, p_bias, bias_i, bias_j, scale2, Lq, Lk, BIAS, CAUSAL, EDGE)
     p = tl.exp2(s*factor(scale2, BIAS) - L2)
     t = add_bias_tangent(pair_tangent(x, tx, y, ty, PRECISION)*scale, p_tbias, i, j, tbias_i, tbias_j, Lq, Lk)
     a, g, z = pair(u, w, PRECISION), pair_tangent(u, tu, w, tw, PRECISION), 1.
@@ -38,10 +38,10 @@ def four(x, tx, u, tu, y, ty, w, tw, L2, i, j, streamed, biases, drop, numbers, 
     return p, t, a, g, z
 
 @triton.jit
-def tile(x, tx, u, tu, y, ty, w, tw, rows, i, j, streamed, biases, drop, numbers, BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
+def tile(x, tx, u, tu, y, ty, w, tw, rows, i, j, biases, drop, numbers, BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     "dS, E, P_Z and W_Z of @eq-three"
     L2, r, delta, tdelta = rows
-    p, t, a, g, z = four(x, tx, u, tu, y, ty, w, tw, L2, i, j, streamed, biases, drop, numbers, BIAS, CAUSAL, DROP, EDGE, PRECISION)
+    p, t, a, g, z = four(x, tx, u, tu, y, ty, w, tw, L2, i, j, biases, drop, numbers, BIAS, CAUSAL, DROP, EDGE, PRECISION)
     w, centered = p*(t - r), a - delta
     return p*centered, w*centered + p*(g - tdelta), p*z, w*z
 
@@ -63,13 +63,14 @@ def _walk_keys(g, q, tq, do, tdo, rows, i, keys, biases, drop, numbers, lo, hi, 
                D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
                BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     n = tl.arange(0, BN)
-    for j0 in tl.range(lo, hi, BN):
+    for at in tl.range(lo, hi, BN):
+        j0 = around(at, core)
         k, v = load_keys(keys, j0, n, numbers[3], D, DV, BD, BDV, EDGE)
         tk = keys[4]
         if keys[4] is not None: tk = load_other(keys[4], keys[5], j0, n, numbers[3], D, BD, EDGE)
         tv = keys[6]
         if keys[6] is not None: tv = load_other(keys[6], keys[7], j0, n, numbers[3], DV, BDV, EDGE)
-        ds, e, _, _ = tile(q, tq, do, tdo, k, tk, v, tv, rows, i, (j0 + n)[None, :], (j0, core), biases, drop, numbers, BIAS, CAUSAL, DROP, EDGE, PRECISION)
+        ds, e, _, _ = tile(q, tq, do, tdo, k, tk, v, tv, rows, i, (j0 + n)[None, :], biases, drop, numbers, BIAS, CAUSAL, DROP, EDGE, PRECISION)
         g = dot(e.to(k.dtype), k, g, PRECISION)
         if tk is not None: g = dot(ds.to(tk.dtype), tk, g, PRECISION)
     return g
@@ -118,7 +119,8 @@ def _tangent_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_tq, p_tk, 
         g = _walk_keys(g, q, tq, do, tdo, rows, i, keys, biases, drop, numbers, 0, full, None, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, False, PRECISION)
         if full < end: g = _walk_keys(g, q, tq, do, tdo, rows, i, keys, biases, drop, numbers, full, end, None, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
     else:
-        lo, hi, core = hull_range(p_hull, (hull_b, hull_h, hull_u), i_b, i_h, i0, Lq, BM, BN)
+        lo, hi, core = hull_range(p_hull, (hull_b, hull_h, hull_u), i_b, i_h, i0, Lq, 0, Lk, BM, BN)
+        g = _walk_keys(g, q, tq, do, tdo, rows, i, keys, biases, drop, numbers, core[0], core[0] + core[1], None, D, DV, BD, BDV, BN, NO_BIAS, CAUSAL, DROP, False, PRECISION)
         if lo < hi: g = _walk_keys(g, q, tq, do, tdo, rows, i, keys, biases, drop, numbers, lo, hi, core, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
     store_tile(p_g + i_b*g_b + i_h*g_h + first*g_l, g*scale, m, d, g_l, Lq - i0, D)
 
@@ -131,7 +133,8 @@ def _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers
     p_L, p_r, p_delta, p_tdelta = stats
     Lq = numbers[2]
     m, d, dv = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
-    for i0 in tl.range(lo, hi, BM):
+    for at in tl.range(lo, hi, BM):
+        i0 = around(at, core)
         first, inside = tl.cast(i0, tl.int64), i0 + m < Lq
         q = load_tile(p_q + first*q_l, m, d, q_l, Lq - i0, D, True, D < BD)
         do = load_tile(p_do + first*do_l, m, dv, do_l, Lq - i0, DV, True, DV < BDV)
@@ -141,7 +144,7 @@ def _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers
         L2, r = load_lse2(p_L + i0, m, Lq - i0), tl.load(p_r + i0 + m, mask=inside, other=0.)
         delta, tdelta = tl.load(p_delta + i0 + m, mask=inside, other=0.), tl.load(p_tdelta + i0 + m, mask=inside, other=0.)
         rows = L2[None, :], r[None, :], delta[None, :], tdelta[None, :]
-        ds, e, p, w = tile(k, tk, v, tv, q, tq, do, tdo, rows, (i0 + m)[None, :], j, (i0, core), biases, drop, numbers, BIAS, CAUSAL, DROP, DIAGONAL, PRECISION)
+        ds, e, p, w = tile(k, tk, v, tv, q, tq, do, tdo, rows, (i0 + m)[None, :], j, biases, drop, numbers, BIAS, CAUSAL, DROP, DIAGONAL, PRECISION)
         gv = dot(w.to(do.dtype), do, gv, PRECISION)
         if p_tdo is not None: gv = dot(p.to(tdo.dtype), tdo, gv, PRECISION)
         gk = dot(e.to(q.dtype), q, gk, PRECISION)
@@ -189,7 +192,8 @@ def _tangent_kv(p_q, p_k, p_v, p_bias, p_seed, p_L, p_do, p_tq, p_tk, p_tv, p_tb
             if CAUSAL: gk, gv = _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers, low, full, None, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, True, PRECISION)
             gk, gv = _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers, full, Lq, None, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, False, PRECISION)
         else:
-            lo, hi, core = hull_range(p_hull, (hull_b, hull_h, hull_u), i_b, i_h, j0, Lk, BN, BM)
+            lo, hi, core = hull_range(p_hull, (hull_b, hull_h, hull_u), i_b, i_h, j0, Lk, 0, Lq, BN, BM)
+            gk, gv = _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers, core[0], core[0] + core[1], None, D, DV, BD, BDV, BM, NO_BIAS, CAUSAL, DROP, False, PRECISION)
             gk, gv = _walk_queries(gk, gv, k, tk, v, tv, j, queries, stats, biases, drop, numbers, lo, hi, core, D, DV, BD, BDV, BM, BIAS, CAUSAL, DROP, False, PRECISION)
     store_tile(p_gk + i_b*gk_b + i_hk*gk_h + start*gk_l, gk*scale, n, d, gk_l, Lk - j0, D)
     store_tile(p_gv + i_b*gv_b + i_hk*gv_h + start*gv_l, gv, n, dv, gv_l, Lk - j0, DV)
@@ -239,7 +243,7 @@ def _tangent_bias(p_q, p_k, p_v, p_bias, p_seed, p_L, p_do, p_tq, p_tk, p_tv, p_
                     if keys[4] is not None: tk = load_other(keys[4], keys[5], j0, n, Lk, D, BD, True)
                     tv = keys[6]
                     if keys[6] is not None: tv = load_other(keys[6], keys[7], j0, n, Lk, DV, BDV, True)
-                    _, e, _, _ = tile(q, tq, do, tdo, k, tk, v, tv, rows, (i0 + m)[:, None], (j0 + n)[None, :], (j0, None), biases, drop, numbers, 2, CAUSAL, DROP, True, PRECISION)
+                    _, e, _, _ = tile(q, tq, do, tdo, k, tk, v, tv, rows, (i0 + m)[:, None], (j0 + n)[None, :], biases, drop, numbers, 2, CAUSAL, DROP, True, PRECISION)
                     total += tl.where(inside[:, None], e, 0.)
     store_bias_tile(p_g + ((tl.cast(b0, tl.int64)*nh + h0)*ni + i_start)*nj + j_start, total, m, n, ni - i_start, nj - j_start, nj, SUM_I, SUM_J)
 
@@ -249,8 +253,8 @@ def _numbers(q, k, seed, scale, dropout_p): # what follows the strides: groups, 
     Hkv, Lk = k.shape[1:3]
     return Hq//Hkv, Lq, Lk, scale, scale_log2(scale), *dropout(seed, B, dropout_p)
 
-def _tabled(q, k, bias): # does its mask get tables?
-    return worth_a_hull(bias, q.shape[0]*q.shape[1], q.shape[2], k.shape[2])
+def _tabled(q, k, bias, tbias): # does its mask get tables?
+    return tbias is None and worth_a_hull(bias, q.shape[0]*q.shape[1], q.shape[2], k.shape[2])
 
 def _tables(tabled, bias, q, k): # one for queries, one for keys
     return hull(bias, q.shape[2], k.shape[2]) if tabled else (None, None)
@@ -262,7 +266,7 @@ def _after(q, k, v, bias, seed, L, do, t, tdo, scale, is_causal, dropout_p, bias
     biases, tables, numbers = (*bias_strides(bias), *bias_strides(tbias)), hull_strides(bias)[3:], _numbers(q, k, seed, scale, dropout_p)
     kv = None if config else hold("tangent_kv", (q, k, v, bias, seed, L, do, tq, tk, tv, tbias, tdo), scale, is_causal, dropout_p)
     if kv is None:
-        c = config or tuning.lookup("tangent_kv", q, Dv, Lk, is_causal, carries(bias, _tabled(q, k, bias), tdo))
+        c = config or tuning.lookup("tangent_kv", q, Dv, Lk, is_causal, carries(bias, _tabled(q, k, bias, tbias), tdo))
         made = (torch.empty_like(x, device="meta") for x in (k, v))
         kv = Launch(_tangent_kv, triton.cdiv(Lk, c.BN)*B*Hkv, (*strides3(q, k, v, do, tq, tk, tv, tdo, *made), *biases, *tables, Hkv, *numbers), c,
                     BM=c.BM, BN=c.BN, BIAS=bias_kind(bias), **common)
@@ -285,13 +289,13 @@ def _halves(scale, is_causal, dropout_p, bias_grad): # @eq-linear
 def _plan_tangent(x, scale, is_causal, dropout_p, bias_grad, halves, config_q, config_kv, prec):
     q, k, v, bias, seed, o, L, do, dL, tq, tk, tv, tbias, tdo, tdL, to, r = x
     (B, Hq, Lq, _), (_, _, Lk, Dv) = q.shape, v.shape
-    wants_bias, tabled = bias_grad and bias_kind(bias) == 2, _tabled(q, k, bias)
+    wants_bias, tabled = bias_grad and bias_kind(bias) == 2, _tabled(q, k, bias, tbias)
     if L.numel() == 0 or Lk == 0: return lambda *x: Grads(*(torch.zeros_like(y) for y in x[:3]), zeros_for(x[3]) if wants_bias else None)
     if tdo is not None and halves is None and config_q is config_kv is None: halves = hold("tangent_q", (*x[:13], None, None, *x[15:]), scale, is_causal, dropout_p) is not None
     if tdo is not None and halves: return _halves(scale, is_causal, dropout_p, bias_grad)
     hold_q = None if config_q else hold("tangent_q", x, scale, is_causal, dropout_p)
     if hold_q is None:
-        c = config_q or tuning.lookup("tangent_q", q, Dv, Lk, is_causal, carries(bias, _tabled(q, k, bias), tdo))
+        c = config_q or tuning.lookup("tangent_q", q, Dv, Lk, is_causal, carries(bias, tabled, tdo))
         hold_q = Launch(_tangent_q, triton.cdiv(Lq, c.BM)*B*Hq, (
             *strides3(q, k, v, o, do, tq, tk, tv, tdo, to, torch.empty_like(q, device="meta")), *bias_strides(bias), *bias_strides(tbias), *hull_strides(bias)[:3],
             Hq, *_numbers(q, k, seed, scale, dropout_p)), c,
@@ -336,13 +340,14 @@ def _walk_once(o, g, pk, r, q, tq, do, L2, delta, i, keys, biases, drop, numbers
                D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
                BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr):
     n = tl.arange(0, BN)
-    for j0 in tl.range(lo, hi, BN):
+    for at in tl.range(lo, hi, BN):
+        j0 = around(at, core)
         k, v = load_keys(keys, j0, n, numbers[3], D, DV, BD, BDV, EDGE)
         tk = keys[4]
         if keys[4] is not None: tk = load_other(keys[4], keys[5], j0, n, numbers[3], D, BD, EDGE)
         tv = keys[6]
         if keys[6] is not None: tv = load_other(keys[6], keys[7], j0, n, numbers[3], DV, BDV, EDGE)
-        p, t, a, y, z = four(q, tq, do, None, k, tk, v, tv, L2[:, None], i, (j0 + n)[None, :], (j0, core), biases, drop, numbers, BIAS, CAUSAL, DROP, EDGE, PRECISION)
+        p, t, a, y, z = four(q, tq, do, None, k, tk, v, tv, L2[:, None], i, (j0 + n)[None, :], biases, drop, numbers, BIAS, CAUSAL, DROP, EDGE, PRECISION)
         centered = a - delta[:, None]
         y *= p
         if tq is not None or tk is not None or biases[3] is not None:
@@ -395,7 +400,8 @@ def _double_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_dq, p_tq, p
         if full < end:
             to, g, pk, r = _walk_once(to, g, pk, r, q, tq, do, L2, delta, i, keys, biases, drop, numbers, full, end, None, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
     else:
-        lo, hi, core = hull_range(p_hull, (hull_b, hull_h, hull_u), i_b, i_h, i0, Lq, BM, BN)
+        lo, hi, core = hull_range(p_hull, (hull_b, hull_h, hull_u), i_b, i_h, i0, Lq, 0, Lk, BM, BN)
+        to, g, pk, r = _walk_once(to, g, pk, r, q, tq, do, L2, delta, i, keys, biases, drop, numbers, core[0], core[0] + core[1], None, D, DV, BD, BDV, BN, NO_BIAS, CAUSAL, DROP, False, PRECISION)
         if lo < hi: to, g, pk, r = _walk_once(to, g, pk, r, q, tq, do, L2, delta, i, keys, biases, drop, numbers, lo, hi, core, D, DV, BD, BDV, BN, BIAS, CAUSAL, DROP, True, PRECISION)
     to -= r[:, None]*load_tile(p_o, m, dv, o_l, Lq - i0, DV, True, DV < BDV).to(tl.float32)
     do = load_tile(p_do + i_b*do_b + i_h*do_h + first*do_l, m, dv, do_l, Lq - i0, DV, True, DV < BDV)
@@ -410,7 +416,7 @@ def _double_q(p_q, p_k, p_v, p_bias, p_seed, p_o, p_L, p_do, p_dL, p_dq, p_tq, p
 # %% ../../nbs/attention/tangent_backward.ipynb #26d0c704
 def _plan_double(x, scale, is_causal, dropout_p, bias_grad, c, config_kv, prec):
     q, k, v, bias, seed, o, L, do, dL, dq, tq, tk, tv, tbias = x
-    (B, Hq, Lq, _), tabled = q.shape, _tabled(q, k, bias)
+    (B, Hq, Lq, _), tabled = q.shape, _tabled(q, k, bias, tbias)
     made = torch.empty_like(o, memory_format=torch.contiguous_format, device="meta"), torch.empty_like(q, device="meta")
     hold_q = hold("double_q", x, scale, is_causal, dropout_p) or Launch(_double_q, triton.cdiv(Lq, c.BM)*B*Hq, (
         *strides3(q, k, v, o, do, dq, tq, tk, tv, *made), *bias_strides(bias), *bias_strides(tbias), *hull_strides(bias)[:3], Hq, *_numbers(q, k, seed, scale, dropout_p)), c,
@@ -444,7 +450,7 @@ def _plan_either(x, scale, is_causal, dropout_p, bias_grad, config_q, config_kv,
     if one_tile is not None: return one_tile
     q, v, bias, L = x[0], x[2], x[3], x[6]
     measured = q.shape[3] == v.shape[3] == 64 and q.dtype.itemsize == 2 # the only case in which two passes are known to win
-    c = config_q or (tuning.lookup("double_q", q, v.shape[3], v.shape[2], is_causal, carries(bias, _tabled(q, x[1], bias))) if measured else None)
+    c = config_q or (tuning.lookup("double_q", q, v.shape[3], v.shape[2], is_causal, carries(bias, _tabled(q, x[1], bias, x[13]))) if measured else None)
     if c is None or L.numel() == 0 or v.shape[2] == 0: return _plan_three(x, scale, is_causal, dropout_p, bias_grad, None, config_kv, prec)
     return _planned_two(x, scale, is_causal, dropout_p, bias_grad, c, config_kv, prec)
 

@@ -50,7 +50,7 @@ def short(Lq, Lk): return Lq*Lk <= SHORT
 def entry_name(
     dtype:torch.dtype, D:int, # D padded
     is_causal:bool=False,
-    carries:str="", # "bias", "tdo", "bias tdo" or nothing
+    carries:str="", # "bias" or "hull", "tdo", both or nothing
     is_short:bool=False,
 ) -> str: # such as "bfloat16 D64 causal bias short"
     "What a configuration is filed under."

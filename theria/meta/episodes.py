@@ -61,7 +61,11 @@ class Characters:
         load:Callable, # load(i) -> uint8 (instances, side, side), 255 is ink
         instances:int, # images per class
     ):
-        self.title, self.names, self.load, self.instances, self._images, self._loaded = title, tuple(names), load, instances, None, set()
+        self.title, self.names, self.load, self.instances = title, tuple(names), load, instances
+        self._images:Tensor = None # type: ignore[assignment] # made with the first class
+        self._loaded:set[int] = set()
+
+    sample:Callable # below
 
     def __len__(self): return len(self.names)
 
@@ -294,7 +298,7 @@ def digits(
     found = load_digits()
     x, y = torch.from_numpy((found.images*255/16).round().astype(np.uint8)), torch.from_numpy(found.target)
     chosen = range(5) if split == "train" else range(5, 10)
-    n = min((y == d).sum().item() for d in chosen)
+    n = min(int((y == d).sum()) for d in chosen)
     return Characters(f"digits ({split})", [f"digit {d}" for d in chosen], lambda i: x[y == chosen[i]][:n], n)
 
 # %% ../../nbs/meta/episodes.ipynb #31809b7e
@@ -321,7 +325,7 @@ class Sinusoids:
         return Episode(*(t[0] for t in e)) if tasks is None else e
 
 # %% ../../nbs/meta/episodes.ipynb #598ad176
-DATA = {"glyphs": glyphs, "omniglot": lambda split: omniglot(split, rotations=split == "train"), "digits": digits, "sinusoid": lambda split: Sinusoids()}
+DATA:dict[str, Callable] = {"glyphs": glyphs, "omniglot": lambda split: omniglot(split, rotations=split == "train"), "digits": digits, "sinusoid": lambda split: Sinusoids()}
 
 @cache
 def load_data(

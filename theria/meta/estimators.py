@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 # %% ../../nbs/meta/estimators.ipynb #411e6d61
 from ..attention.contract import ContractError
-from .adapt import Adapted, State, _check_adapt, adapt, gradient, loose, rates, states
+from .adapt import Adapted, State, _check_adapt, adapt, gradient, loose, rates, refuse_missing, states
 from .gradients import FULL, MetaGradient, _finish, learned_rates, meta_gradient, register_estimator
 
 # %% ../../nbs/meta/estimators.ipynb #9f04d98f
@@ -40,6 +40,10 @@ def _forward(loss_fn, at, wrt, batch, gamma):
 
 WAYS_OF_HVP = {"reverse": _reverse, "forward": _forward}
 
+def _turn(loss_fn, way, at, wrt, batch, gamma): # by the loss function's own `turn`, if it brings one
+    if hasattr(loss_fn, "turn"): return dict.fromkeys(wrt) | loss_fn.turn(way, at, batch, gamma)
+    return WAYS_OF_HVP[way](loss_fn, at, wrt, batch, gamma)
+
 @torch.enable_grad()
 def hvp(
     loss_fn:Callable, # loss_fn(params, batch) -> a scalar, or one loss per task
@@ -52,7 +56,7 @@ def hvp(
     "Both parts of @eq-estimate-hvp."
     if way not in WAYS_OF_HVP: raise ContractError(f"got way={way!r}; accepted are {' and '.join(WAYS_OF_HVP)}: choose one of them.")
     at = loose(params)
-    return WAYS_OF_HVP[way](loss_fn, at, {**at, **(also or {})}, batch, gamma)
+    return _turn(loss_fn, way, at, {**at, **(also or {})}, batch, gamma)
 
 # %% ../../nbs/meta/estimators.ipynb #b26c75e0
 class _Sum(dict):
@@ -74,7 +78,7 @@ def _transposed(loss_fn, way, params, path, batch, total, alpha, also, momentum,
             gamma[n] = beta[n] - alpha[n]*lam if n in beta else -alpha[n]*lam
             if momentum: beta[n] = momentum*gamma[n]
         at = loose(before.params)
-        total.take(WAYS_OF_HVP[way](loss_fn, at, {**at, **also, **captured}, batch, gamma))
+        total.take(_turn(loss_fn, way, at, {**at, **also, **captured}, batch, gamma))
         if prox: total.take({m: x for n, g in gamma.items() for m, x in ((n, prox*g), (f"θ_0: {n}", -prox*g))})
     return rate
 
@@ -89,9 +93,7 @@ def _to_rates(total, rate, lr, params, also):
 
 def _missing(names, found, unused):
     missing = [n for n in names if n not in found]
-    if missing and unused == "error":
-        raise ContractError(f"got no gradient for {missing[0]} ({len(missing)} of {len(names)} parameters); accepted is a loss that depends on every parameter: "
-                            "leave it out of params, or repair what cuts it off (a detached attention, for example).")
+    if unused == "error": refuse_missing(missing, names)
     return missing
 
 @torch.enable_grad()

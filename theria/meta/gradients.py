@@ -125,7 +125,7 @@ def _fo_strict(loss_fn, params, support, query, *, also, **inner):
 # %% ../../nbs/meta/gradients.ipynb #a8c79379
 def find_estimator(
     name:str, # a key of `ESTIMATORS`
-    options:Mapping=(), # settings that it must have
+    options:Mapping|tuple=(), # settings that it must have
 ) -> Estimator:
     "The entry of the table, or one sentence why not."
     if name not in ESTIMATORS:
@@ -363,6 +363,7 @@ def meta_train(
     clip:float=10., # largest length of the meta-gradient
     seed:int=0, # of the tasks
     vectorize:bool=True, # run the tasks of a step together? The attention must support `vmap`
+    compiled:bool=False, # compile the inner step? See `theria.meta.compiled`
     graph:bool=False, # record the meta-gradient as a CUDA graph?
     unused:str="error", # what to do about a parameter without gradient, see `gradient`
     resume:Path|str|None=None, # file of the state; None keeps none
@@ -373,8 +374,9 @@ def meta_train(
 ) -> MetaRun:
     "Minimize @eq-meta-objective over θ_0."
     device, theta, options = next(model.parameters()).device, parameters(model), dict(options or {})
-    what = _fingerprint(theta, data.title, protocol, estimator, sorted(options.items()), tasks, outer_lr, clip, seed, unused)
+    what = _fingerprint(theta, data.title, protocol, estimator, sorted(options.items()), tasks, outer_lr, clip, seed, unused, *["compiled"]*compiled)
     logs, loss_fn = log_rates(protocol, theta), over_tasks(task_loss(model, data.loss), vectorize)
+    if compiled: loss_fn = import_module("theria.meta.compiled").Compiled(loss_fn)
     outer, share, written = _Outer(theta, logs, outer_lr, seed, what, resume), tasks//_processes()[1], time.monotonic()
     def estimate(e):
         return meta_gradient(estimator, loss_fn, spread(theta, share), e.support, e.query, lr=_lr(protocol, theta, logs), **protocol.rule, also=logs, unused=unused, **options)
@@ -419,12 +421,12 @@ def evaluate(
     like = next(iter(theta0.values()))
     loss_fn = over_tasks(task_loss(model, data.loss), vectorize)
     answer = over_tasks(lambda p, batch: functional_call(model, p, (batch[0],)), vectorize)
-    after, before = [], []
+    scores:tuple[list, list] = [], [] # before and after
     for n in [chunk]*(tasks//chunk) + [tasks % chunk]*(tasks % chunk > 0):
         e = protocol.draw(data, gen, n).to(like.device, like.dtype)
         theta = spread(theta0, n)
         theta_K = adapt(loss_fn, theta, e.support, lr=protocol.lr if rates is None else rates, **protocol.rule, unused=unused).params
         with torch.no_grad():
-            for p, out in ((theta, before), (theta_K, after)): out.append(data.score(answer(p, e.query), e.query_y))
-    after, before = torch.cat(after).cpu(), torch.cat(before).cpu()
+            for p, out in zip((theta, theta_K), scores): out.append(data.score(answer(p, e.query), e.query_y))
+    before, after = (torch.cat(out).cpu() for out in scores)
     return Evaluation(after.mean().item(), (1.96*after.std()/len(after)**.5).item(), before.mean().item(), after)

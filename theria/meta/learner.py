@@ -91,4 +91,4 @@ def learner_for(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if data == "sinusoid": return TokenTransformer(1, Sinusoids.features, Sinusoids.length, **kw)
-        return PatchTransformer(ways, **(dict(image=8, patch=2) if data == "digits" else {}), **kw)
+        return PatchTransformer(ways, **(dict(image=8, patch=2) if data == "digits" else {}) | kw)

@@ -167,7 +167,7 @@ def _gradient_units(lab):
     reference = lambda data, estimator, schedule, K: _gradients(lab, data, "reference", estimator, schedule, K, torch.float64)
     true = cache(lambda data, schedule, K: reference(data, FULL, schedule, K))
     def orders(data, schedule, K, tick):
-        full, fo, strict = true(data, schedule, K), *(reference(data, s, schedule, K) for s in (FO, FO_STRICT))
+        full, (fo, strict) = true(data, schedule, K), (reference(data, s, schedule, K) for s in (FO, FO_STRICT))
         d = _differences(full, fo)
         return dict(lr=_alpha(lab.preset, schedule, K), over_fo=[x.over_fo for x in d], over_full=[x.over_full for x in d],
                     cosine=[x.cosine for x in d], strict=max(x.over_fo for x in _differences(strict, fo)))
@@ -731,7 +731,7 @@ def run_maml(
         run = dict(**asdict(c), backend=backend, device=device_name(str(device)), torch=torch.__version__, source=source_hash())
         record = Record(Path(out)/"maml.json", run, device=str(device), notify=partial(tqdm.write, file=sys.stderr))
         state = record.path.with_name(f"maml-{hashlib.sha256(identity(run).encode()).hexdigest()[:8]}.state")
-        told = {}
+        told:dict = {}
         units = _maml_units(c, backend, device, state, told)
         _resumable(units, record, progress and first, device, told=told, keep=first)
         if first:

@@ -93,7 +93,7 @@ class AdamW:
             group, start = self.params[k:k + TENSORS], self.starts[k]
             pad = TENSORS - len(group)
             ends = [self.starts[k + j + 1] - start for j in range(len(group))]
-            gs = [p.grad.contiguous() for p in group] + [None]*pad
+            gs = [p.grad.contiguous() for p in group] + [None]*pad # type: ignore[union-attr]
             launch(_adamw, ends[-1], (*gs, self.w, self.theta, self.m, self.v, self.t, self.lr, clip, *ends, *[0]*pad, *(p.numel() for p in group), *[0]*pad, start, *self.numbers), CONFIG,
                    N=len(group), CLIP=clip is not None, EVEN=all(g.numel() % 8 == 0 and g.data_ptr() % 16 == 0 for g in gs[:len(group)]), BLOCK=BLOCK)
 

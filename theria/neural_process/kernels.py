@@ -87,9 +87,9 @@ def stage(trial:Trial, device) -> Stage:
 def build(f:Callable, leaves:tuple, cotangent:Tensor, name:str) -> Callable: # the closure that is timed
     "A pass of a contender, ready to run."
     if name == "forward":
-        def run():
+        def once():
             with torch.no_grad(): return (f(*leaves),)
-        return run
+        return once
     xs = tuple(x.detach().requires_grad_() for x in leaves)
     def run():
         out = f(*xs)
@@ -165,7 +165,8 @@ def run_kernels(
     playing, walking, start = Trials(record, device, ms), bench.Bench(record, device, ms), time.perf_counter()
     record.add(dict(part="configs"), dict(configs={name: {op: list(c) for op, c in module.CONFIGS.items()} for name, module in (("mlp", mlp), ("heads", heads), ("gmm", gmm))}))
     record.once(dict(part="ceilings"), lambda: ceilings(playing.watch) if playing.watch.cuda else dict(matmul=None, copy=None))
-    for play, one in (*((playing.play, t) for t in trials if not t.compiled), *((walking.measure, w) for w in attention), *((playing.play, t) for t in trials if t.compiled)):
+    works:list = [*((playing.play, t) for t in trials if not t.compiled), *((walking.measure, w) for w in attention), *((playing.play, t) for t in trials if t.compiled)]
+    for play, one in works:
         if time.perf_counter() - start > seconds: break
         play(one)
         bench._free(playing.device)

@@ -83,7 +83,8 @@ def predicted_memory(shape:Shape, switches:Switches) -> float: # bytes
 
 # %% ../../nbs/neural_process/matrix.ipynb #be27ff45
 FOREIGN = ("flash", "cudnn", "efficient", "sdpa")
-PLAIN, FUSED = (dict.fromkeys(("mlp", "heads", "gmm", "adamw"), how) for how in ("reference", "fused"))
+PLAIN:dict = dict.fromkeys(("mlp", "heads", "gmm", "adamw"), "reference")
+FUSED:dict = dict.fromkeys(PLAIN, "fused")
 
 class Row(NamedTuple):
     "A cell of the matrix."
@@ -101,7 +102,7 @@ class Row(NamedTuple):
 
 def row_of(found:dict) -> Row: # the inverse of `key`
     "The row that a result belongs to, also of a file from before there were the switches `adamw` and `behind`."
-    return Row(Shape(*(found[n] for n in Shape._fields[:4]), Size(*found["size"])), Switches(**{f.name: {"adamw": "reference", "behind": False, **found}[f.name] for f in fields(Switches)}))
+    return Row(Shape(*(*(found[n] for n in Shape._fields[:4]), Size(*found["size"]))), Switches(**{f.name: {"adamw": "reference", "behind": False, **found}[f.name] for f in fields(Switches)}))
 
 def is_pytorch(switches:Switches) -> bool:
     "Is there nothing of this package in it?"
@@ -111,7 +112,7 @@ def is_pytorch(switches:Switches) -> bool:
 _cudnn, _flash, _theria = (Switches(attention=a, **PLAIN, precision="autocast") for a in ("cudnn", "flash", "theria"))
 _fused = replace(_theria, **FUSED)
 _mixed = replace(_fused, mlp="reference")
-_fast = dict(precision="bf16", compile="blocks", graph=True)
+_fast:dict = dict(precision="bf16", compile="blocks", graph=True)
 
 # %% ../../nbs/neural_process/matrix.ipynb #cd659e93
 def plan_of(shape:Shape, whole:bool=False) -> list[Row]:
@@ -202,12 +203,13 @@ def stages(row:Row, device, seed:int=0, repeats:int=3) -> dict[str, float]: # fo
     "Time the stages of a step."
     device, batch = torch.device(device), inputs(row.shape, device, seed)
     step, watch, marks = Step(row.switches.build(row.shape.size, device, seed), replace(row.switches, graph=False, behind=False), lr=1e-4), Stopwatch(device), defaultdict(list)
+    held:dict[str, Tensor] = {}
     def forward():
         step.optimizer.zero_grad()
-        with step.precise(): step.value = step.loss(*batch)
+        with step.precise(): held["loss"] = step.loss(*batch)
     for i in range(repeats + 1):
         with step.around():
-            for name, run in (("forward", forward), ("backward", lambda: step.value.backward()), ("update", step.optimizer.step)):
+            for name, run in (("forward", forward), ("backward", lambda: held["loss"].backward()), ("update", step.optimizer.step)):
                 mark = watch(run)
                 if i: marks[name].append(mark)
     return {name: quantiles([watch.read(m) for m in found])["p50"] for name, found in marks.items()}
@@ -217,7 +219,7 @@ KINDS = {"attention": ("pytorch_flash", "cudnn", "fmha", "_forward", "_backward"
 
 def by_kind(kernels:dict[str, float]) -> dict[str, float]: # of the names in `KINDS`, and "rest"; µs
     "Sort the time of kernels by what they do."
-    total = defaultdict(float)
+    total:dict[str, float] = defaultdict(float)
     for name, us in kernels.items():
         total[next((kind for kind, signs in KINDS.items() if any(name.startswith(s) if s[0] == "_" else s in name for s in signs)), "rest")] += us
     return dict(total)
@@ -281,7 +283,7 @@ def compare_losses(
     "Train several times on the same tasks."
     device = torch.device(device)
     steppers = {name: Step(s.build(shape.size, device, seed), s, lr=5e-4, clip=1.) for name, s in runs.items()}
-    losses = {name: [] for name in runs}
+    losses:dict[str, list] = {name: [] for name in runs}
     for i in range(steps):
         batch = draw(task, shape.B, shape.M, shape.N, seed, i, device).batch
         for name, step in steppers.items():
@@ -446,7 +448,7 @@ def pair_table(rows:list[dict]) -> Table:
 def effect_table(rows:list[dict]) -> Table:
     "How many times as fast a row is with a switch as without it, for all pairs of rows that differ in one."
     found, lines = {row_of(r): r for r in rows if r.get("part") == "step" and r["p50"]}, []
-    changes = [("attention", "cudnn", "theria"), ("attention", "theria", "theria-fp8"), ("attention", "cudnn", "flash"), *((n, "reference", "fused") for n in PLAIN), ("rows", "all", "needed"), ("precision", "autocast", "bf16"),
+    changes:list[tuple] = [("attention", "cudnn", "theria"), ("attention", "theria", "theria-fp8"), ("attention", "cudnn", "flash"), *((n, "reference", "fused") for n in PLAIN), ("rows", "all", "needed"), ("precision", "autocast", "bf16"),
                ("compile", "no", "blocks"), ("compile", "blocks", "whole"), ("graph", False, True), ("behind", False, True), ("checkpoint", False, True)]
     for name, a, b in changes:
         for row, r in found.items():
@@ -455,7 +457,7 @@ def effect_table(rows:list[dict]) -> Table:
     return Table(lines, dict(switch="switch", row="row without it", before="ms", after="ms with it", ratio="times as fast"), "Pairs of rows that differ in one switch.")
 
 # %% ../../nbs/neural_process/matrix.ipynb #faa163d7
-def kinds_of(r:dict) -> dict[str, float|None]: # the result of a row; ms
+def kinds_of(r:dict) -> dict: # the result of a row; kind → ms
     "Its kernel time by kind, scaled to the step if it is more than that; None for an update that the profile does not name."
     k = {**dict.fromkeys((*KINDS, "rest"), 0.), **{kind: us/1e3 for kind, us in r["kinds"].items()}}
     if "update" not in r["kinds"]: # a file whose writer did not know that `_adamw` is one

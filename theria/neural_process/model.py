@@ -134,12 +134,14 @@ class TransformerNP(nn.Module):
         _check_choice("rows", rows, ROWS)
         for name, got in (("mlp", mlp), ("heads", heads), ("gmm", gmm)): _check_choice(name, got, FUSED)
         self.size, self.checkpoint, self.needed, self.heads_backend, self.gmm_backend = size, checkpoint, rows == "needed", heads, gmm
-        self.passed = None # to be called as passed(i, gradient) when block i has been differentiated
+        self.passed:Callable|None = None # to be called as passed(i, gradient) when block i has been differentiated
         d, wide, K = size.d_model, padded_width(size.d_ff), size.components
         self.embed1, self.embed2 = _weight(d, size.x_dim + 3), _weight(d, d)
         self.blocks = nn.ModuleList(Block(size, attention, rows, mlp) for _ in range(size.n_layers))
         self.norm = nn.LayerNorm(d, bias=False)
         self.head1, self.head2 = _weight(K, wide, d, rows=size.d_ff), _weight(K, 3, wide, columns=size.d_ff)
+
+    embed:Callable; targets:Callable; read:Callable; score:Callable; loss:Callable # below
 
 # %% ../../nbs/neural_process/model.ipynb #9f4d7ad1
 def _check_task(size, context_x, context_y, target_x):

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,9 @@ class Optimizer:
         self.params, self.clip = list(params), clip
         self.parts, low, cuda = parts or [self.params], self.params[0].dtype == torch.bfloat16, self.params[0].is_cuda
         self.fused = low and choose(adamw, *self.params)
-        self.lr = torch.tensor(lr, device=self.params[0].device) if cuda or self.fused else lr
+        self.lr:Any = lr
+        if cuda or self.fused: self.lr = torch.tensor(lr, device=self.params[0].device)
+        self.inner:list
         if self.fused: self.inner = [AdamW(part, self.lr, weight_decay) for part in self.parts]
         master = dict(zip((p for part in self.parts for p in part), (m for o in self.inner for m in o.views(o.theta)))) if self.fused else {p: p.detach().float() if low else p for p in self.params}
         self.masters = [master[p] for p in self.params]
@@ -130,7 +132,7 @@ def compile_parts(
     compiler:str="inductor", # a backend of `torch.compile`
 ) -> Callable: # the loss
     "Compile the model's loss, as a whole or in parts."
-    kw = dict(dynamic=False, fullgraph=True, backend=compiler)
+    kw:dict = dict(dynamic=False, fullgraph=True, backend=compiler)
     if how == "whole": return torch.compile(net.loss, **kw | dict(fullgraph=not net.checkpoint))
     if how == "blocks":
         for block in net.blocks: block.compile(**kw)
@@ -140,7 +142,7 @@ def compile_parts(
 # %% ../../nbs/neural_process/training.ipynb #503dcc3c
 def parts_of(net:TransformerNP) -> list[list[Tensor]]: # one for each block, and one of the rest
     "The parameters in parts that are updated on their own."
-    blocks = [list(b.parameters()) for b in net.blocks]
+    blocks:list[list[Tensor]] = [list(b.parameters()) for b in net.blocks]
     own = {p for part in blocks for p in part}
     return [*blocks, [p for p in net.parameters() if p not in own]]
 
@@ -156,7 +158,8 @@ class Step:
         compiler:str="inductor", # a backend of `torch.compile`
     ):
         self.net, self.switches, self.device = net, switches.settle(net.embed1.device), net.embed1.device
-        self.loss, self.slots = compile_parts(net, switches.compile, compiler), {}
+        self.loss = compile_parts(net, switches.compile, compiler)
+        self.slots:dict[tuple, tuple] = {} # shape → buffers, graph, loss
         if switches.behind and clip: raise ContractError(f"got behind=True with clip={clip!r}, which needs the gradient of every parameter first; accepted is one of them: leave the other out.")
         self.optimizer = Optimizer(net.parameters(), lr, weight_decay, clip, switches.graph, parts_of(net) if switches.behind else None, switches.adamw)
         self.side = torch.cuda.Stream(self.device) if switches.behind and self.device.type == "cuda" else None
