@@ -59,6 +59,16 @@ def test_training_with_a_compiled_step_is_the_same_training(monkeypatch, tmp_pat
     assert train(resume=state).history == true.history  # the state of a compiled run is not that of another: it started anew
 
 
+def test_float32_weights_under_autocast():
+    from theria.meta.experiments import _cast_loss, flat as flat_cpu
+    step, cpu = Step(8, 2, 2, H=1, D=8, n_layers=1, dtype="float32", wide=1), torch.device("cpu")
+    loss, theta, support, query = step.problem("reference", cpu, 0)
+    run = lambda f: flat_cpu(meta_gradient(FULL, f, theta, support, query, lr=.1, steps=2).grads)
+    half = _cast_loss(loss, cpu, torch.bfloat16)
+    true, eager, ours = run(loss), run(half), run(traced(half))
+    assert 1e-4 < rel_err(eager, true) < .05 and rel_err(ours, eager) < 1e-2*rel_err(eager, true)
+
+
 def test_many_losses_in_one_process():
     "The compiler remembers by code and refuses after eight different losses for the same; these have code of their own."
     for i in range(12):

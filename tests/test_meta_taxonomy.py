@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from theria.attention.audit import audit
 from theria.attention.custom import sdpa_custom
 from theria.meta.taxonomy import Suspect, diagnose, draw_point, explain, lineup
+from theria.meta.variants import VARIANTS
 
 QUICK = audit(torch.nn.functional.scaled_dot_product_attention, derivatives=("grad", "grad of grad"), ways="autograd.grad") # its verdict is not what is tested here
 
@@ -179,3 +180,35 @@ def test_what_only_looks_broken_is_acquitted():
 def test_half_precision_is_judged_by_the_audit_alone(dtype):
     d = diagnose(beside_autograd(("dq", "dk", "dv")), dtype=dtype)
     assert (d.verdict, d.first, d.second, d.manner, d.suspect) == ("unsafe", "exact", "wrong", "depends", None) and "only the audit speaks" in d.says
+
+
+def keeps_probabilities(lost):
+    "A backward pass that makes δ from the probabilities, with some tensors lost to autograd."
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            ctx.save_for_backward(q, k, v)
+            return softmax_attention(q, k, v)
+
+        @staticmethod
+        def backward(ctx, do):
+            (q, k, v), c = ctx.saved_tensors, lambda name, x: x.detach() if name in lost else x
+            s, dp = q @ k.mT*q.shape[-1]**-.5, do @ v.mT
+            p = (s - c("L", s.logsumexp(-1, keepdim=True))).exp()
+            ds = c("p_ds", p)*(dp - (c("p_ds", p)*dp).sum(-1, keepdim=True))*q.shape[-1]**-.5
+            return ds @ k, ds.mT @ q, c("p_dv", p).mT @ do
+    return Fused.apply
+
+
+@pytest.mark.parametrize("lost,says", [(("L",), "the saved logsumexp as a constant in its backward, where δ is rowsum(p∘dp)"), (("p_dv",), "the probabilities in the gradient of the values as constants in its backward"),
+                                       (("p_ds", "p_dv"), "its probabilities as constants in its backward, where δ is made of them")])
+def test_backward_passes_that_keep_probabilities(lost, says):
+    d = diagnose(keeps_probabilities(lost), found=QUICK)
+    assert f"It treats {says}" in d.says and d.distance < 1e-9 and d.first == "exact"
+
+
+def test_what_is_wrong_under_transforms_only_is_found_there():
+    def fast_path(q, k, v): return (VARIANTS["raw_kernel"] if torch._C._functorch.is_functorch_wrapped_tensor(q) else softmax_attention)(q, k, v)
+    d = diagnose(fast_path)
+    assert (d.verdict, d.first, d.second, d.called) == ("unsafe", "exact", "lost", "torch.func") and d.suspect == Suspect("backward", ("grads",))
+    assert d.says.startswith("It is right by autograd. By torch.func it treats its gradients as constants in its backward") and d.says.endswith("Nothing says so.")

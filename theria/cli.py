@@ -616,6 +616,7 @@ def reproduce(
 def _shell(command): # as one would type it
     import shlex
     words = list(command)
+    if words[0] == "env": return f"{words[1]} {_shell(words[2:])}"
     if words[1:3] == ["-m", "torch.distributed.run"]: return shlex.join(["torchrun", *words[3:]])
     return shlex.join(["theria", *words[3:]] if words[1:3] == ["-m", "theria"] else words[2:] if words[1] == "-m" else ["python", *words[1:]])
 
