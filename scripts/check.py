@@ -122,8 +122,7 @@ def check_notebooks(root, limit=300, workers=2):
     "Every notebook runs through nbdev's test runner, in a process of its own with a time limit, and leaves nothing behind."
     def test(path):
         start = time.monotonic()
-        status, output = nbdev("test.nbdev_test(path=sys.argv[1], n_workers=0)", tree, f"nbs/{path}", limit=limit,
-                               TRITON_INTERPRET=os.environ.get("TRITON_INTERPRET", "1"))
+        status, output = nbdev("test.nbdev_test(path=sys.argv[1], n_workers=0)", tree, f"nbs/{path}", limit=limit)
         seconds = time.monotonic() - start
         if status is None: problem = f"nbs/{path} was ended after {limit} s, its time limit; so far it printed:\n{tail(output)}"
         elif status != 0 or "Success." not in output: problem = f"nbs/{path} fails:\n{tail(output.partition('nbdev Tests Failed')[0])}"

@@ -397,6 +397,7 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path/"nbs"/"results").mkdir(parents=True)
     with monkeypatch.context() as m:
         m.setattr(sys, "argv", ["theria", "train-decoder", "--steps", "1", "--device", "cpu"])
+        m.setenv("TRITON_INTERPRET", "0")
         Record(tmp_path/"nbs"/"results"/"toy.json").add(dict(i=1), dict(x=2))
     cells = ["rows = Record('../results/toy.json').rows()", "#| label: fig-toy\n#| fig-cap: A toy.\nplot(rows)", "#| label: tbl-own\n#| tbl-cap: Own.\nprint(1)"]
     notebook = dict(cells=[dict(cell_type="code", source=c) for c in cells])

@@ -95,6 +95,12 @@ def test_generated_code():
     assert rel_err(flat(ours.grads), flat(true.grads)) <= 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:Error detected in")  # in which call of the forward pass
+def test_a_kernel_without_double_backward_raises():
+    loss, theta = averaged(small(SDPA["sdpa-flash"]))
+    with pytest.raises(Exception, match="scaled_dot_product_flash_attention.* is not implemented"): meta_gradient(FULL, traced(loss), theta, batch(), batch(), lr=.1, steps=1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype,limit", [("float32", 1e-4), ("bfloat16", .2)])
 @pytest.mark.parametrize("attention", ["triton_full_fused", "math"])

@@ -695,7 +695,7 @@ def to_terminal(table:Table, width:int|None=None):
     cells = [[number(r.get(c)) for c in shown] for r in table.rows]
     for (c, heading), column in zip(shown.items(), zip(*cells)): rich.add_column(heading, justify="left" if c in ("case", "dtype") else "right", min_width=max(map(len, column)))
     for row in cells: rich.add_row(*row)
-    Console(width=width or (None if sys.stdout.isatty() else 240)).print(rich)
+    Console(width=width or (None if sys.stdout.isatty() else 240), force_jupyter=False).print(rich) # text to stdout, in a notebook too
 
 # %% ../nbs/bench.ipynb #ca918eeb
 def latest(rows:Iterable[dict]) -> list:

@@ -32,6 +32,7 @@ _TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _POINTERS = {"p_L": "fp32", "p_r": "fp32", "p_delta": "fp32", "p_tdelta": "fp32", "p_seed": "i64"}
 _SCALARS = {"scale": "fp32", "scale2": "fp32", "keep_scale": "fp32", "threshold": "i64"}
 _ABSENT = ("p_bias", "p_tbias", "p_seed", "p_dL", "p_tdL", "p_tdo", "p_hull", "p_rows", "p_cols")
+_STREAMED = {"forward": ("p_k", "p_v"), "backward_q": ("p_k", "p_v"), "backward_kv": ("p_q", "p_do")} # what is cut ahead
 _ANY = ("bias", "hull", "rows", "cols") # whose strides may be anything
 
 def _source(kernel, dtype, constants, wide=(), present={}, aligned=True): # types, constants and alignment hints for Triton's compiler: no bias, no dropout, tangents of q, k and v; `wide` gathers in fp32, `present` is there all the same
@@ -51,19 +52,23 @@ def _flags(kernel, D, causal, config, precision): # the compile-time switches of
     return {name: value for name, value in on.items() if name in kernel.arg_names}
 
 def compile(
-    op:str, # a key of `KERNELS`
+    op:str, # a key of `KERNELS`, or one with " ahead" for float32 with terms that are cut ahead
     dtype:str, # "float16", "bfloat16" or "float32"
     D:int, # padded head dimension, 16 … 256
     causal:bool,
     config:Config,
     arch:int, # 80 or 90
-    precision:str="tf32x3", # how fp32 operands are multiplied
+    precision:str|None=None, # how fp32 operands are multiplied; None is what needs the most registers of what can be asked for
     present:dict={}, # Triton's types of pointers that a plain call leaves out, such as dict(p_bias="fp32")
     aligned:bool=True, # are strides known to be multiples of 16?
     features:tuple|None=None, # (D, Dv) as they come, where they are fewer than the padded ones
     **flags, # switches that a plain call leaves off, such as SPLIT=True, other padded sizes (BDV=16), and sizes that are to be known as 1
 ): # Triton's compiled kernel: .metadata.shared in bytes, .asm
     "Compile one configuration for a GPU that need not be there."
+    precision = precision or ("bf16x6" if D <= 128 else "tf32x3")
+    if op.endswith(" ahead"):
+        op = op.removesuffix(" ahead")
+        precision, present = "bf16x3 ahead", dict.fromkeys(_STREAMED[op], "bf16") | present
     kernel = KERNELS[op]
     if op == "backward_atomic": flags = dict(flags, ATOMIC=True)
     if op.endswith("bias"): present = dict(p_bias=_TRITON_TYPES[dtype]) | present
@@ -119,6 +124,9 @@ def candidates(arch): # every configuration that a lookup on this architecture c
             dtype, D, *words = name.split()
             twin = dtype == "float16" and entries.get(name.replace("float16", "bfloat16")) == entry # the same code but for the type of the products
             if entry and not twin: yield (op, dtype, int(D[1:]), "causal" in words, Config(*entry)), True
+        for name, entry in tuning.table().get(f"sm_{arch}", {}).get(f"{op} ahead", {}).items():
+            dtype, D, *words = name.split()
+            yield (f"{op} ahead", dtype, int(D[1:]), "causal" in words, Config(*entry)), True
         for dtype, itemsize in (("bfloat16", 2), ("float32", 4)):
             for D in (64, 128, 256):
                 c = tuning.bias_tile(D, itemsize) if op.endswith("bias") else tuning.safe(op, D, itemsize)

@@ -313,9 +313,10 @@ def _training(place, out, part, c, attention):
 @experiment("behavior", "Does the second order change what is learned, and how fast?", data="data", ways="ways", inner_steps="K", estimator="estimator", backend_of="attention", trial="seed",
             steps="outer steps", score="score", interval="±", unadapted="unadapted", seconds_a_step="s / outer step", failure="failure")
 def _behavior(place, out):
-    others = () if place.quick or place.backend == "reference" else ("reference",)
     runs = [(c, place.backend) for c in _behavior_runs(place)]
-    runs[3:3] = [(c, b) for b in others for c, _ in runs if c.estimator in (FULL, FO) and c.inner_steps == 5]
+    twins = [(c, "reference") for c, b in runs if c.estimator in (FULL, FO) and c.inner_steps == 5 and b != "reference"]
+    cut = [(c, "raw_kernel") for c, _ in runs if c.estimator == FULL and c.inner_steps == 5]
+    if not place.quick: runs = [*cut, *runs[:3], *twins, *runs[3:]]
     c = runs[0][0]
     _compile_ahead(place, [Case(c.tasks*c.ways*c.shots, 2, 16, 16, c.d_model//2, "float32")], False)
     return [_training(place, out, "behavior", c, b) for c, b in runs]

@@ -68,9 +68,18 @@ class Switches:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             net = TransformerNP(size, attention=s.attention, rows=self.rows, mlp=self.mlp, heads=self.heads, gmm=self.gmm, checkpoint=self.checkpoint)
-        return net.to(device, torch.bfloat16 if s.precision == "bf16" else None)
+        return _rounded(net.to(device)) if s.precision == "bf16" else net.to(device)
+
+def _rounded(net): # to bf16, every parameter remembering what it was
+    exact = [p.detach() for p in net.parameters()]
+    for p, theta in zip(net.to(torch.bfloat16).parameters(), exact): p.exact = theta # type: ignore[attr-defined]
+    return net
 
 # %% ../../nbs/neural_process/training.ipynb #5c14d659
+def _start(p): # the master of a parameter before the first step
+    theta = vars(p).pop("exact", None)
+    return theta if theta is not None and torch.equal(theta.to(p.dtype), p) else p.detach().float()
+
 class Optimizer:
     "AdamW on fp32 parameters, which are those of the model or masters of them (@eq-np-masters)."
     def __init__(self,
@@ -83,14 +92,16 @@ class Optimizer:
         adamw:str="auto", # "fused" masters and update in one pass, "reference", or "auto" for what suits the device
     ):
         self.params, self.clip = list(params), clip
+        start = {p: _start(p) for p in self.params}
         self.parts, low, cuda = parts or [self.params], self.params[0].dtype == torch.bfloat16, self.params[0].is_cuda
         self.fused = low and choose(adamw, *self.params)
         self.lr:Any = lr
         if cuda or self.fused: self.lr = torch.tensor(lr, device=self.params[0].device)
         self.inner:list
         if self.fused: self.inner = [AdamW(part, self.lr, weight_decay) for part in self.parts]
-        master = dict(zip((p for part in self.parts for p in part), (m for o in self.inner for m in o.views(o.theta)))) if self.fused else {p: p.detach().float() if low else p for p in self.params}
+        master = dict(zip((p for part in self.parts for p in part), (m for o in self.inner for m in o.views(o.theta)))) if self.fused else {p: start[p] if low else p for p in self.params}
         self.masters = [master[p] for p in self.params]
+        if self.fused: torch._foreach_copy_(self.masters, list(start.values()))
         self.copies = [] if self.fused or not low else [[master[p] for p in part] for part in self.parts]
         if not self.fused: self.inner = [torch.optim.AdamW([master[p] for p in part], lr=self.lr, weight_decay=weight_decay, fused=True, capturable=cuda and capturable) for part in self.parts]
 
