@@ -52,9 +52,9 @@ def unaligned():
             yield candidate, form
             if not ALL: continue
             yield candidate, form | dict(aligned=True)
-            tables = {name: "i32" for name in ("p_hull", "p_rows", "p_cols") if name in gate.KERNELS[op.removesuffix(" ahead")].arg_names}
+            tables = {name: "i32" for name in ("p_hull", "p_rows", "p_cols") if name in gate.KERNELS[op.split()[0]].arg_names}
             for present in (dict(p_bias="fp32", p_seed="i64"), dict(p_bias="i1", **tables)):
-                if "BIAS" in gate.KERNELS[op.removesuffix(" ahead")].arg_names: yield candidate, form | dict(BIAS=1 + ("p_seed" in present), DROP="p_seed" in present, present=present)
+                if "BIAS" in gate.KERNELS[op.split()[0]].arg_names: yield candidate, form | dict(BIAS=1 + ("p_seed" in present), DROP="p_seed" in present, present=present)
             if dtype == "bfloat16": yield (op, "float16", *candidate[2:]), form
 
 

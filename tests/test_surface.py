@@ -201,7 +201,7 @@ def sizes(backend, c, p, case): # by name: norms before what cancels has cancell
     _, x, t, u, kw = folded(backend, case)
     w = reference.probabilities(reference.scores(*x[:2], x[3], scale=kw["scale"], is_causal=kw["is_causal"]), reference.forward(*x, **kw)[1])
     moved = lambda t: (w*reference.tangent_scores(*x[:2], *t[:2], t[3], scale=kw["scale"]).abs()).sum(-1).norm()
-    return {**found, "gdL": moved(u), "tL": moved(t)}
+    return {**found, "gdL": moved(u).detach(), "tL": moved(t).detach()}
 
 
 def failures(backend, c, p):

@@ -52,23 +52,22 @@ def _flags(kernel, D, causal, config, precision): # the compile-time switches of
     return {name: value for name, value in on.items() if name in kernel.arg_names}
 
 def compile(
-    op:str, # a key of `KERNELS`, or one with " ahead" for float32 with terms that are cut ahead
+    op:str, # a key of `KERNELS`, or one with " terms" or " ahead" for float32 with [terms](terms.ipynb)
     dtype:str, # "float16", "bfloat16" or "float32"
     D:int, # padded head dimension, 16 … 256
     causal:bool,
     config:Config,
     arch:int, # 80 or 90
-    precision:str|None=None, # how fp32 operands are multiplied; None is what needs the most registers of what can be asked for
+    precision:str="tf32x3", # how fp32 operands are multiplied
     present:dict={}, # Triton's types of pointers that a plain call leaves out, such as dict(p_bias="fp32")
     aligned:bool=True, # are strides known to be multiples of 16?
     features:tuple|None=None, # (D, Dv) as they come, where they are fewer than the padded ones
     **flags, # switches that a plain call leaves off, such as SPLIT=True, other padded sizes (BDV=16), and sizes that are to be known as 1
 ): # Triton's compiled kernel: .metadata.shared in bytes, .asm
     "Compile one configuration for a GPU that need not be there."
-    precision = precision or ("bf16x6" if D <= 128 else "tf32x3")
-    if op.endswith(" ahead"):
-        op = op.removesuffix(" ahead")
-        precision, present = "bf16x3 ahead", dict.fromkeys(_STREAMED[op], "bf16") | present
+    op, _, form = op.partition(" ")
+    if form: precision = "bf16x3 ahead" if form == "ahead" else "bf16x3"
+    if form == "ahead": present = dict.fromkeys(_STREAMED[op], "bf16") | present
     kernel = KERNELS[op]
     if op == "backward_atomic": flags = dict(flags, ATOMIC=True)
     if op.endswith("bias"): present = dict(p_bias=_TRITON_TYPES[dtype]) | present
@@ -124,9 +123,10 @@ def candidates(arch): # every configuration that a lookup on this architecture c
             dtype, D, *words = name.split()
             twin = dtype == "float16" and entries.get(name.replace("float16", "bfloat16")) == entry # the same code but for the type of the products
             if entry and not twin: yield (op, dtype, int(D[1:]), "causal" in words, Config(*entry)), True
-        for name, entry in tuning.table().get(f"sm_{arch}", {}).get(f"{op} ahead", {}).items():
-            dtype, D, *words = name.split()
-            yield (f"{op} ahead", dtype, int(D[1:]), "causal" in words, Config(*entry)), True
+        for form in ("terms", "ahead"):
+            for name, entry in tuning.table().get(f"sm_{arch}", {}).get(f"{op} {form}", {}).items():
+                dtype, D, *words = name.split()
+                yield (f"{op} {form}", dtype, int(D[1:]), "causal" in words, Config(*entry)), True
         for dtype, itemsize in (("bfloat16", 2), ("float32", 4)):
             for D in (64, 128, 256):
                 c = tuning.bias_tile(D, itemsize) if op.endswith("bias") else tuning.safe(op, D, itemsize)

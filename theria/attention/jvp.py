@@ -16,6 +16,7 @@ from . import tuning
 from .forward import bias_kind, bias_strides, carries, dropout, key_range, place, precision, scale_log2, shapes_of
 from .hull import around, hull, hull_range, hull_strides, worth_a_hull
 from .launch import Launch, hold, plan_laid_out, planned
+from .terms import form_of_products
 from .tiles import NO_BIAS, dot, factor, hide_and_bias, keep, load_lse2, load_tile, seed_of, store_tile
 
 # %% ../../nbs/attention/jvp.ipynb #33c40375
@@ -123,7 +124,7 @@ def _plan(x, scale, is_causal, dropout_p, stats, config, prec):
     kernel = None if config else hold("jvp", x, scale, is_causal, dropout_p, stats)
     tabled = tbias is None and worth_a_hull(bias, B*Hq, Lq, Lk)
     if kernel is None:
-        c = config or tuning.lookup("jvp", q, Dv, Lk, is_causal, carries(bias, tabled))
+        prec, c = form_of_products("jvp", prec, config, q, Dv, Lk, is_causal, carries(bias, tabled))
         kernel = Launch(_jvp_kernel, triton.cdiv(Lq, c.BM)*B*Hq, (
             *strides3(q, k, v, o, tq, tk, tv, made), *bias_strides(bias), *bias_strides(tbias), *hull_strides(bias)[:3],
             Hq, Hq//Hkv, Lq, Lk, scale, scale_log2(scale), *dropout(seed, B, dropout_p)), c,

@@ -19,6 +19,7 @@ from .hull import around, hull, hull_range, hull_strides, worth_a_hull
 from .jvp import add_bias_tangent, jvp, pair, pair_tangent, strides3
 from .launch import Launch, hold, plan_laid_out, planned
 from .reference import Grads
+from .terms import form_of_products
 from .tiles import NO_BIAS, dot, factor, hide_and_bias, keep, load_lse2, load_tile, row_dot, seed_of, store_tile
 
 # %% ../../nbs/attention/tangent_backward.ipynb #c590d5d6
@@ -266,10 +267,10 @@ def _after(q, k, v, bias, seed, L, do, t, tdo, scale, is_causal, dropout_p, bias
     biases, tables, numbers = (*bias_strides(bias), *bias_strides(tbias)), hull_strides(bias)[3:], _numbers(q, k, seed, scale, dropout_p)
     kv = None if config else hold("tangent_kv", (q, k, v, bias, seed, L, do, tq, tk, tv, tbias, tdo), scale, is_causal, dropout_p)
     if kv is None:
-        c = config or tuning.lookup("tangent_kv", q, Dv, Lk, is_causal, carries(bias, _tabled(q, k, bias, tbias), tdo))
+        prec_kv, c = form_of_products("tangent_kv", prec, config, q, Dv, Lk, is_causal, carries(bias, _tabled(q, k, bias, tbias), tdo))
         made = (torch.empty_like(x, device="meta") for x in (k, v))
         kv = Launch(_tangent_kv, triton.cdiv(Lk, c.BN)*B*Hkv, (*strides3(q, k, v, do, tq, tk, tv, tdo, *made), *biases, *tables, Hkv, *numbers), c,
-                    BM=c.BM, BN=c.BN, BIAS=bias_kind(bias), **common)
+                    BM=c.BM, BN=c.BN, BIAS=bias_kind(bias), CAUSAL=is_causal, **shapes_of(q, v, dropout_p, prec_kv))
     if not bias_grad or bias_kind(bias) != 2: return kv, None
     nb, nh, ni, nj = bias.shape
     c = tuning.bias_tile(max(padded(q.shape[3]), padded(Dv)), q.dtype.itemsize)

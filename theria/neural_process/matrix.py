@@ -6,9 +6,9 @@
 __all__ = ['SHAPES', 'FOREIGN', 'PLAIN', 'FUSED', 'NARROW', 'PRESETS', 'KINDS', 'COMPARED', 'Shape', 'work', 'saved_per_row',
            'predicted_memory', 'Row', 'row_of', 'is_pytorch', 'plan_of', 'published_shapes', 'plan_np', 'on_cpu',
            'inputs', 'Ready', 'set_up', 'check_losses', 'stages', 'by_kind', 'time_steps', 'Matrix', 'compare_losses',
-           'smoothed', 'apart', 'losses_figure', 'set_up_ahead', 'run_matrix', 'steps_of', 'best_pytorch',
-           'shape_table', 'memory_table', 'stage_table', 'show_matrix', 'pair_table', 'effect_table', 'kinds_of',
-           'budget_table', 'leaders', 'speedup_figure', 'kinds_figure', 'published_figures', 'show_results']
+           'smoothed', 'apart', 'drift_table', 'losses_figure', 'set_up_ahead', 'run_matrix', 'steps_of',
+           'best_pytorch', 'shape_table', 'memory_table', 'stage_table', 'show_matrix', 'pair_table', 'effect_table',
+           'kinds_of', 'budget_table', 'leaders', 'speedup_figure', 'kinds_figure', 'published_figures', 'show_results']
 
 # %% ../../nbs/neural_process/matrix.ipynb #3089af1c
 import gc, math, multiprocessing, os, sys, time
@@ -279,10 +279,13 @@ def compare_losses(
     shape:Shape=SHAPES["small"],
     steps:int=300,
     device="cuda", seed:int=0, task:str="gp",
+    rounded:tuple[str, ...]=(), # runs in bf16 whose masters begin at rounded weights, to see what that does
 ) -> dict[str, list]: # losses by those names
     "Train several times on the same tasks."
     device = torch.device(device)
-    steppers = {name: Step(s.build(shape.size, device, seed), s, lr=5e-4, clip=1.) for name, s in runs.items()}
+    nets = {name: s.build(shape.size, device, seed) for name, s in runs.items()}
+    for p in (p for name in rounded for p in nets[name].parameters()): vars(p).pop("exact")
+    steppers = {name: Step(nets[name], s, lr=5e-4, clip=1.) for name, s in runs.items()}
     losses:dict[str, list] = {name: [] for name in runs}
     for i in range(steps):
         batch = draw(task, shape.B, shape.M, shape.N, seed, i, device).batch
@@ -300,9 +303,18 @@ def smoothed(x:list, width:int=20) -> list:
     "Running means."
     return [sum(x[max(0, i - width + 1):i + 1])/len(x[max(0, i - width + 1):i + 1]) for i in range(len(x))]
 
-def apart(a:list, b:list, width:int=50) -> float:
+def apart(a:list, b:list, width:int=50) -> float: # @eq-np-drift
     "The largest distance of two running means."
     return max(abs(x - y) for x, y in zip(smoothed(a, width), smoothed(b, width), strict=True))
+
+def drift_table(
+    losses:dict[str, list], # as `compare_losses` returns them
+    base:str, # the name that the others are held against
+    first:int=15, # steps that count as the first
+) -> Table:
+    "How far runs are apart, at first and later."
+    lines = [dict(run=name, first=apart(x[:first], losses[base][:first], 1), later=apart(x, losses[base]), end=smoothed(x, 50)[-1]) for name, x in losses.items()]
+    return Table(lines, dict(run="run", first=f"from {base}: first {first} losses", later="running means", end="mean of the last 50"), "Largest distances of losses, nats per target.")
 
 def _plot_losses(losses, ax):
     for (name, x), look in zip(losses.items(), SERIES): ax.plot(smoothed(x), label=name, color=look["color"], linestyle=look["linestyle"])

@@ -72,7 +72,7 @@ class Switches:
 
 def _rounded(net): # to bf16, every parameter remembering what it was
     exact = [p.detach() for p in net.parameters()]
-    for p, theta in zip(net.to(torch.bfloat16).parameters(), exact): p.exact = theta # type: ignore[attr-defined]
+    for p, theta in zip(net.to(torch.bfloat16).parameters(), exact): p.exact = theta
     return net
 
 # %% ../../nbs/neural_process/training.ipynb #5c14d659
