@@ -1,7 +1,7 @@
 """Every configuration that a lookup can return compiles for its GPU, fits its shared memory and registers, lets its products overlap, and is free of two known faults of the compilers.
 
-Rows that are not aligned make other kernels of the same source. Each choice of tiles for half precision and up to 128 features on Hopper is compiled with one pair of such sizes, in turn, and a few of those for float32 in terms; with THERIA_GATE=all, some two
-thousand kernels and about an hour on two cores, with all of them, in every type, and with masks and dropout.
+Rows that are not aligned make other kernels of the same source. Each choice of tiles for half precision and up to 128 features on Hopper is compiled with one pair of such sizes, in turn;
+with THERIA_GATE=all, some two thousand kernels and about an hour on two cores, with all of them, in every type, and with masks and dropout. Of the tiles for float32 in terms a few are compiled, and then all.
 """
 import os
 import subprocess
