@@ -84,8 +84,8 @@ def test_explain_speaks_of_what_an_audit_found():
 def softmax_attention(q, k, v): return torch.softmax(q @ k.mT*q.shape[-1]**-.5, -1) @ v
 
 
-def beside_autograd(lost):
-    "A backward that calls a kernel for one of its gradients."
+def with_backward(gradients):
+    "Attention whose backward pass is a function of q, k, v and do."
     class Fused(torch.autograd.Function):
         @staticmethod
         def forward(ctx, q, k, v):
@@ -93,14 +93,19 @@ def beside_autograd(lost):
             return softmax_attention(q, k, v)
 
         @staticmethod
-        def backward(ctx, do):
-            q, k, v = ctx.saved_tensors
-            p = torch.softmax(q @ k.mT*q.shape[-1]**-.5, -1)
-            dp = do @ v.mT
-            ds = p*(dp - (p*dp).sum(-1, keepdim=True))*q.shape[-1]**-.5
-            grads = dict(dq=ds @ k, dk=ds.mT @ q, dv=p.mT @ do)
-            return tuple(g.detach() if n in lost else g for n, g in grads.items())
+        def backward(ctx, do): return gradients(*ctx.saved_tensors, do)
     return Fused.apply
+
+
+def beside_autograd(lost):
+    "A backward that calls a kernel for one of its gradients."
+    def gradients(q, k, v, do):
+        p = torch.softmax(q @ k.mT*q.shape[-1]**-.5, -1)
+        dp = do @ v.mT
+        ds = p*(dp - (p*dp).sum(-1, keepdim=True))*q.shape[-1]**-.5
+        grads = dict(dq=ds @ k, dk=ds.mT @ q, dv=p.mT @ do)
+        return tuple(g.detach() if n in lost else g for n, g in grads.items())
+    return with_backward(gradients)
 
 
 @pytest.mark.parametrize("lost,words", [(("dv",), "its gradient of the values"), (("dq",), "its gradient of the queries"), (("dk", "dv"), "its gradient of the keys and its gradient of the values")])
@@ -184,20 +189,13 @@ def test_half_precision_is_judged_by_the_audit_alone(dtype):
 
 def keeps_probabilities(lost):
     "A backward pass that makes δ from the probabilities, with some tensors lost to autograd."
-    class Fused(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, q, k, v):
-            ctx.save_for_backward(q, k, v)
-            return softmax_attention(q, k, v)
-
-        @staticmethod
-        def backward(ctx, do):
-            (q, k, v), c = ctx.saved_tensors, lambda name, x: x.detach() if name in lost else x
-            s, dp = q @ k.mT*q.shape[-1]**-.5, do @ v.mT
-            p = (s - c("L", s.logsumexp(-1, keepdim=True))).exp()
-            ds = c("p_ds", p)*(dp - (c("p_ds", p)*dp).sum(-1, keepdim=True))*q.shape[-1]**-.5
-            return ds @ k, ds.mT @ q, c("p_dv", p).mT @ do
-    return Fused.apply
+    def gradients(q, k, v, do):
+        c = lambda name, x: x.detach() if name in lost else x
+        s, dp = q @ k.mT*q.shape[-1]**-.5, do @ v.mT
+        p = (s - c("L", s.logsumexp(-1, keepdim=True))).exp()
+        ds = c("p_ds", p)*(dp - (c("p_ds", p)*dp).sum(-1, keepdim=True))*q.shape[-1]**-.5
+        return ds @ k, ds.mT @ q, c("p_dv", p).mT @ do
+    return with_backward(gradients)
 
 
 @pytest.mark.parametrize("lost,says", [(("L",), "the saved logsumexp as a constant in its backward, where δ is rowsum(p∘dp)"), (("p_dv",), "the probabilities in the gradient of the values as constants in its backward"),

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from theria import audit, sdpa_custom
 from theria.attention import autograd, ops, reference
 from theria.attention.audit import RAISES, WRONG
-from theria.attention.contract import rel_err
+from theria.attention.contract import ContractError, rel_err
 from theria.layers import TransformerBlock
 
 CUDA = torch.cuda.is_available()
@@ -329,3 +329,19 @@ def test_once_differentiable_is_loud_on_the_other_road(monkeypatch):
     _once(monkeypatch)
     found = audit(partial(sdpa_custom, backend="triton_full_fused"), dtype=torch.float32, device=DEVICE, B=1, H=1, Lq=2, Lk=3, ways=["backward"], derivatives=["grad of grad"])
     assert RAISES in [r.outcome for r in found.rows]
+
+
+# Who watches the operators, and who cannot run them
+
+@pytest.mark.parametrize("place", ["query", "key", "value", "mask", "all"])
+def test_a_tensor_of_another_kind_is_seen_in_every_place(place):
+    from torch.testing._internal.two_tensor import TwoTensor
+    x = dict(query=torch.randn(1, 1, 3, 4, device=DEVICE), key=torch.randn(1, 1, 3, 4, device=DEVICE), value=torch.randn(1, 1, 3, 4, device=DEVICE), mask=torch.randn(3, 3, device=DEVICE))
+    def attend(x): return sdpa_custom(x["query"], x["key"], x["value"], x["mask"], backend="triton_full_fused")
+    o = attend({n: TwoTensor(y, y) if place in (n, "all") else y for n, y in x.items()})
+    assert isinstance(o, TwoTensor) and torch.equal(o.a, attend(x)) and torch.equal(o.b, o.a)
+
+
+def test_tensors_without_data_are_refused():
+    x = torch.empty(1, 1, 3, 4, device="meta")
+    with pytest.raises(ContractError, match="tensors on meta"): sdpa_custom(x, x, x, backend="triton_full_fused")

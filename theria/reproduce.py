@@ -136,7 +136,8 @@ def origin(
     for name in shown.files:
         for session in from_json((Path(root)/"nbs"/"results"/name).read_text(encoding="utf-8"))["sessions"].values():
             p, name = session["provenance"], session["run"].get("benchmark")
-            command, how = _beside(_as_python(p["command"])), f", {p['note']}" if p.get("note") else "" # what to know before comparing
+            command, how = _beside(_as_python(p["command"])), ""
+            if not command and "closest" in p: command, how = _beside(_as_python(p["closest"])), ", by prototypes; the command measures what came of them"
             if not command and name in BENCHMARKS: command, how = (sys.executable, "-m", "theria", "bench", name), ", from Python; the command makes a file of this kind"
             if command and p.get("interpreter"): command = ("env", "TRITON_INTERPRET=1", *command)
             if command: runs.setdefault(command, f"{p['device_name']}, {p['utc'][:10]}, torch {p['torch']}, commit {(p['commit'] or 'unknown')[:8]}{how}")
