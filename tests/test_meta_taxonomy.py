@@ -205,8 +205,17 @@ def test_backward_passes_that_keep_probabilities(lost, says):
     assert f"It treats {says}" in d.says and d.distance < 1e-9 and d.first == "exact"
 
 
+def fast_path(q, k, v): return (VARIANTS["raw_kernel"] if torch._C._functorch.is_functorch_wrapped_tensor(q) else softmax_attention)(q, k, v)
+
+
 def test_what_is_wrong_under_transforms_only_is_found_there():
-    def fast_path(q, k, v): return (VARIANTS["raw_kernel"] if torch._C._functorch.is_functorch_wrapped_tensor(q) else softmax_attention)(q, k, v)
     d = diagnose(fast_path)
     assert (d.verdict, d.first, d.second, d.called) == ("unsafe", "exact", "lost", "torch.func") and d.suspect == Suspect("backward", ("grads",))
     assert d.says.startswith("It is right by autograd. By torch.func it treats its gradients as constants in its backward") and d.says.endswith("Nothing says so.")
+
+
+def test_a_print_that_cannot_be_taken_under_transforms_is_said(monkeypatch):
+    def refuses(*a): raise RuntimeError("no rule for this")
+    monkeypatch.setattr("theria.meta.taxonomy.by_transform", lambda attention: refuses)
+    d = diagnose(fast_path)
+    assert d.verdict == "unsafe" and "not everywhere: silently wrong" in d.says and d.says.endswith("no print can be taken (no rule for this).")

@@ -179,7 +179,8 @@ def diagnose(
 
 def _by_transform(a, d, printed): # right by autograd, and the audit says that it is not by torch.func
     try: other = _compared(a, *printed(by_transform))
-    except (RuntimeError, NotImplementedError): return d
+    except (RuntimeError, NotImplementedError) as e:
+        return d._replace(says=f"{d.says} By torch.func no print can be taken ({str(e).strip().splitlines()[0][:90]}).")
     if other.first == other.second == "exact": return d
     return other._replace(says=f"It is right by autograd. By torch.func it{other.says.removeprefix('It').partition(' Nothing says so')[0]} Nothing says so.", called="torch.func")
 
