@@ -32,6 +32,7 @@ _TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _POINTERS = {"p_L": "fp32", "p_r": "fp32", "p_delta": "fp32", "p_tdelta": "fp32", "p_seed": "i64"}
 _SCALARS = {"scale": "fp32", "scale2": "fp32", "keep_scale": "fp32", "threshold": "i64"}
 _ABSENT = ("p_bias", "p_tbias", "p_seed", "p_dL", "p_tdL", "p_tdo", "p_hull", "p_rows", "p_cols")
+_TERMS = {"terms": "bf16x3", "six": "bf16x6", "ahead": "bf16x3 ahead"}
 _STREAMED = {"forward": ("p_k", "p_v"), "backward_q": ("p_k", "p_v"), "backward_kv": ("p_q", "p_do")} # what is cut ahead
 _ANY = ("bias", "hull", "rows", "cols") # whose strides may be anything
 
@@ -52,7 +53,7 @@ def _flags(kernel, D, causal, config, precision): # the compile-time switches of
     return {name: value for name, value in on.items() if name in kernel.arg_names}
 
 def compile(
-    op:str, # a key of `KERNELS`, or one with " terms" or " ahead" for float32 with [terms](terms.ipynb)
+    op:str, # a key of `KERNELS`, or one with a word of `_TERMS` behind it, for float32 with [terms](terms.ipynb)
     dtype:str, # "float16", "bfloat16" or "float32"
     D:int, # padded head dimension, 16 … 256
     causal:bool,
@@ -66,7 +67,7 @@ def compile(
 ): # Triton's compiled kernel: .metadata.shared in bytes, .asm
     "Compile one configuration for a GPU that need not be there."
     op, _, form = op.partition(" ")
-    if form: precision = "bf16x3 ahead" if form == "ahead" else "bf16x3"
+    if form: precision = _TERMS[form]
     if form == "ahead": present = dict.fromkeys(_STREAMED[op], "bf16") | present
     kernel = KERNELS[op]
     if op == "backward_atomic": flags = dict(flags, ATOMIC=True)
@@ -123,8 +124,8 @@ def candidates(arch): # every configuration that a lookup on this architecture c
             dtype, D, *words = name.split()
             twin = dtype == "float16" and entries.get(name.replace("float16", "bfloat16")) == entry # the same code but for the type of the products
             if entry and not twin: yield (op, dtype, int(D[1:]), "causal" in words, Config(*entry)), True
-        for form in ("terms", "ahead"):
-            for name, entry in tuning.table().get(f"sm_{arch}", {}).get(f"{op} {form}", {}).items():
+        for form in _TERMS:
+            for name, entry in tuning.table().get(f"sm_{arch}", {}).get(f"{op} {form.replace('six', 'terms')}", {}).items():
                 dtype, D, *words = name.split()
                 yield (f"{op} {form}", dtype, int(D[1:]), "causal" in words, Config(*entry)), True
         for dtype, itemsize in (("bfloat16", 2), ("float32", 4)):

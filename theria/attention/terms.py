@@ -32,7 +32,7 @@ def terms(
 
 # %% ../../nbs/attention/terms.ipynb #c2e3550c
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-TERMS = {"tf32x3": "bf16x3"} # what takes the place of what, where the table of configurations has an entry for it
+TERMS = {"tf32x3": "bf16x3", "ieee": "bf16x6"} # what takes the place of what, where the table of configurations has an entry for it
 
 def precision(
     dtype:torch.dtype, # of the operands
