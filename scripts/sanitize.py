@@ -1,7 +1,7 @@
 """Run every kernel once under compute-sanitizer: `python scripts/sanitize.py` (memcheck and racecheck, one process a problem, as many at once as there are cores).
 
-The problems are small and ragged, in half and single precision, with and without causality, mask, dropout and grouped heads, and pass through the public calls, so that every
-kernel of the package is launched. compute-sanitizer comes with the CUDA toolkit; it is looked for on PATH and below CUDA_HOME.
+The problems are small and ragged, as far as a kernel is for small problems, in half and single precision, with and without causality, mask, dropout and grouped heads, and pass through
+the public calls, so that every kernel of the package is launched. compute-sanitizer comes with the CUDA toolkit; it is looked for on PATH and below CUDA_HOME.
 """
 import argparse
 import os
@@ -53,6 +53,34 @@ def problems():
         for mask in ("bool", "additive"): yield f"{name} {mask}", lambda d=dtype, m=mask: derivatives(d, mask=m, dropout_p=.3)
     for D in (64, 128, 256): yield f"float16 D{D}", lambda D=D: derivatives(half, D, D, 130, 130)
     for backend in ("triton_ref", "triton_fast", "triton_fused"): yield backend, lambda b=backend: derivatives(half, backend=b, dropout_p=.3)
+    yield "tables of a mask", lambda: derivatives(half, 64, 64, 600, 600, mask="bool")
+    for D, N in ((64, 2050), (128, 1030)): yield f"Hopper D{D}", lambda D=D, N=N: derivatives(torch.bfloat16, D, D, N, N)
+
+    def terms():
+        torch.set_float32_matmul_precision("high")
+        derivatives(single, Lq=600, Lk=600)
+    yield "float32 high", terms
+
+    def fp8():
+        from theria.attention.fp8 import sdpa_fp8
+        q, k, v = (torch.randn(2, 4, n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (77, 150, 150))
+        torch.autograd.grad(sdpa_fp8(q, k, v).sum(), (q, k, v))
+        torch.cuda.synchronize()
+    yield "float8", fp8
+
+    def neural_process():
+        from theria.neural_process import gmm, heads, mlp
+        from theria.neural_process.adamw import AdamW
+        rand = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        x, w1, w2, u1, u2 = rand(77, 64), rand(88, 64), rand(64, 88), rand(5, 88, 64), rand(5, 3, 88)
+        for form in mlp.FORMS: mlp.mlp(x, w1, w2, backend="fused", form=form).sum().backward()
+        z = heads.HEADS["fused"](x, u1, u2)
+        (gmm.nll(z, torch.randn(77, device="cuda"), backend="fused") + gmm.log_prob(z, torch.randn(77, device="cuda"), backend="fused").sum()).backward()
+        params = [torch.nn.Parameter(y.detach()) for y in (w1, w2)]
+        for y in params: y.grad = torch.ones_like(y)
+        AdamW(params, torch.tensor(1e-2, device="cuda"), .1).step()
+        torch.cuda.synchronize()
+    yield "neural process", neural_process
 
 
 def check(name, command, env, limit):

