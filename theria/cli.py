@@ -541,7 +541,7 @@ def merge(
     for file in files:
         if not Path(file).is_file(): raise _got("FILE", file, "is a result file of theria bench", "check the path")
     _check_file(into, "INTO")
-    print(f"{into} holds {len(merge_files(into, files))} rows now.")
+    print(f"{into} holds {len(merge_files(into, files).all_rows)} rows now.")
 
 # %% ../nbs/cli.ipynb #8156faa3
 @bench.command()

@@ -7,6 +7,10 @@ __all__ = ['DerivativeUnavailable', 'Link', 'run', 'TangentBackward', 'DoubleBac
 
 # %% ../../nbs/attention/autograd.ipynb #821abae6
 import torch
+from torch._C._functorch import TransformType, _unwrap_for_grad, _wrap_for_grad
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd.function import _SingleLevelFunction
 from torch.autograd import Function, forward_ad
 
 # %% ../../nbs/attention/autograd.ipynb #ddffb658
@@ -23,12 +27,27 @@ def _unavailable(what):
 # %% ../../nbs/attention/autograd.ipynb #c0eed2c2
 _alive = torch._C._functorch.unwrap_if_dead
 
+def _each(f, xs): return f(xs) if isinstance(xs, torch.Tensor) else tuple(f(x) if isinstance(x, torch.Tensor) else x for x in xs)
+
 class Link(Function):
-    "A `Function` without the costs that only transforms need."
+    "A `Function` without the costs that only other people's need."
+
+    def __init_subclass__(cls):
+        def forward(*args):
+            here = retrieve_current_functorch_interpreter()
+            level = here.level()
+            inner = _each(lambda x: _unwrap_for_grad(x, level), args)
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), here.lower(): outs = cls.apply(*inner)
+            return _each(lambda y: _wrap_for_grad(y, level), outs)
+        rules = {n: staticmethod(lambda *a, n=n: getattr(cls, n)(*a)) for n in ("setup_context", "backward", "jvp")}
+        cls.on_level = type(f"{cls.__name__}OnLevel", (_SingleLevelFunction,), rules | dict(forward=staticmethod(forward)))
 
     @classmethod
     def apply(cls, *args):
-        if torch._C._are_functorch_transforms_active(): return super().apply(*args)
+        if torch._C._are_functorch_transforms_active():
+            here = retrieve_current_functorch_interpreter()
+            if torch._C._len_torch_dispatch_stack() or here.key() not in (TransformType.Grad, TransformType.Jvp): return super().apply(*args)
+            with enable_single_level_autograd_function(): return cls.on_level.apply(*_each(here._cptr.lift, _each(_alive, args)))
         args = [_alive(x) if isinstance(x, torch.Tensor) else x for x in args] # what a transform that is over has left wrapped
         if not torch.is_grad_enabled() and forward_ad._current_level < 0: return cls.forward(*args)
         return super(Function, cls).apply(*args)

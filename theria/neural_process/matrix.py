@@ -317,12 +317,14 @@ def drift_table(
     return Table(lines, dict(run="run", first=f"from {base}: first {first} losses", later="running means", end="mean of the last 50"), "Largest distances of losses, nats per target.")
 
 def _plot_losses(losses, ax):
-    for (name, x), look in zip(losses.items(), SERIES): ax.plot(smoothed(x), label=name, color=look["color"], linestyle=look["linestyle"])
+    plain = [name for name in losses if name.startswith("plain")]
+    for name in plain: ax.plot(smoothed(losses[name], 50), label="plain" if name == plain[0] else None, color=LIGHT["soft"], linewidth=.8)
+    for name, look in zip((n for n in losses if n not in plain), SERIES): ax.plot(smoothed(losses[name], 50), label=name, color=look["color"], linestyle=look["linestyle"])
     ax.set(xlabel="step", ylabel="loss, nats per target")
     ax.legend()
 
 def losses_figure(losses:dict) -> Svg: # as `compare_losses` returns them
-    "Losses against the step."
+    "Losses against the step; those of plain runs are grey."
     return draw_figure(partial(_plot_losses, losses), f"The running means of the losses of several runs against the step: {', '.join(losses)}")
 
 # %% ../../nbs/neural_process/matrix.ipynb #b834ac3b
