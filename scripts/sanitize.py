@@ -13,6 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck")
+# What racecheck is not asked: kernels whose warps meet at mbarriers. It takes no notice of those and reports every number that one warp stores in shared memory for another,
+# even where Triton's own code hands the arguments to the warps.
+UNSEEN = {"racecheck": "Hopper"}
 
 
 def find():
@@ -109,11 +112,12 @@ def main():
     under = {tool: [sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9"] for tool in a.tool or TOOLS}
     def one(name):
         alone = check(name, plain(name), env, a.limit)
-        return [alone] + ([""]*len(under) if alone else [check(name, command + plain(name), env, a.limit) for command in under.values()])
+        judge = lambda tool: None if alone or name.startswith(UNSEEN.get(tool, "-")) else check(name, under[tool] + plain(name), env, a.limit)
+        return [alone, *map(judge, under)]
     with ThreadPoolExecutor(a.jobs) as pool: found = list(pool.map(one, names))
     for way, bad in zip(("no tool", *under), zip(*found)):
-        bad = [b for b in bad if b]
-        print(f"{way}: {len(names) - len(bad)} of {len(names)} problems clean", *bad, sep="\n", flush=True)
+        asked, bad = sum(b is not None for b in bad), [b for b in bad if b]
+        print(f"{way}: {asked - len(bad)} of {asked} problems clean", *bad, sep="\n", flush=True)
     sys.exit(any(map(any, found)))
 
 

@@ -279,11 +279,13 @@ def speedups(
     def plot(ax):
         for style, kernel in zip(SERIES, STAGES):
             for name, fill in zip(PASSES, ("none", style["color"])):
-                line = [r for r in comparison(rows, kernel).rows if r["what"].split(",")[0] == name and r["ratio"]]
+                line = sorted((r for r in comparison(rows, kernel).rows if r["what"].split(",")[0] == name and r["ratio"]), key=lambda r: r["tokens"])
                 ax.plot([r["tokens"] for r in line], [r["ratio"] for r in line], **style, markerfacecolor=fill, label=f"{kernel}, {name}")
         ax.axhline(1, color="0.5", linewidth=.8)
-        ax.set(xscale="log", xlabel="tokens", ylabel="times as fast as the best other way")
-        ax.legend()
+        ax.set(xscale="log", xlabel="tokens", ylabel="times as fast as\nthe best other way")
+        ax.set_yscale("log", base=2)
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return draw(plot, "Speed-up of each fused kernel over the fastest PyTorch implementation, against the number of tokens", width=5.6)
 
 # %% ../../nbs/neural_process/kernels.ipynb #e4033ec6

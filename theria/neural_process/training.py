@@ -424,7 +424,7 @@ def _plot_judged(record, ax):
         ax.plot([r["to"] for r in rows], [r["judged"][i]["model"] for r in rows], label=f"M = {last['context']}", **look)
         if last["best"] is not None: ax.axhline(last["best"], color=look["color"], linewidth=.8, linestyle=":")
     ax.set(xlabel="step", ylabel="log-density, nats per target")
-    ax.legend()
+    ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(.5, 1.))
 
 # %% ../../nbs/neural_process/training.ipynb #027a76c3
 def _plot_picture(p, ax):
