@@ -103,8 +103,8 @@ def maps(f, s):
     return out | {f"r{n}": y for n, y in zip([names[n] for n in moving] + ["t" + names[n] for n in moving], rof)}
 
 
-# The judgment is that of test_surface: an error is relative to the true derivative, or where that vanishes by cancellation to a quarter of what it would be if the row statistics
-# stood still; the limit is twice the error of the formula with PyTorch's precision, and not less than the tolerance of the type.
+# The judgment is that of test_surface: an error is relative to the true derivative, or where that vanishes by cancellation to half of what it would be if the row statistics
+# stood still (a hundredth of a quarter would be less than one operand loses when it is rounded to bfloat16); the limit is twice the error of the formula with PyTorch's precision, and not less than the tolerance of the type.
 
 def failures(c, p):
     s = of_problem(c, p)
@@ -117,7 +117,7 @@ def failures(c, p):
     except Exception as e: return [f"{c} {p} raises {type(e).__name__}: {e}"]
     bad = []
     for name, y in truth.items():
-        scale = float(max(y.norm(), size[name].norm()/4)) or 1.
+        scale = float(max(y.norm(), size[name].norm()/2)) or 1.
         error = lambda z: (z.double() - y).norm().item()/scale
         limit = max(2*error(plain[name]) + 1e-6, TOLERANCE[p["dtype"]])
         if got[name].shape != y.shape or not error(got[name]) <= limit: bad.append(f"{name}: {error(got[name]):.1e} above {limit:.1e}")
