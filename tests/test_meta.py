@@ -288,6 +288,7 @@ def test_estimators_of_the_same_number_agree_on_a_gpu_and_keep_less(T):
     rows = {(e, K): measure_step(replace(step, K=K), e, "triton_full_fused", device, ms=1.) for K in (4, 12) for e in ("full", "mixed", "checkpointed")}
     assert all(r["failure"] is None and r["error"] < 1e-4 for r in rows.values()), rows
     found = {e: growth(lambda K: rows[e, K]["memory"]) for e in ("full", "mixed", "checkpointed")}
-    assert all(.5 < found[e]/theta < 1.02 for e in ("mixed", "checkpointed")), (found, theta) # tensors are rounded up to 512 bytes; both have been seen to grow by 7/8 of θ a step between these two
+    # one copy of θ a step, give or take one at each end of the eight steps between the two runs, and tensors are rounded up to 512 bytes
+    assert all(abs(found[e]/theta - 1) < 1/8 + .02 for e in ("mixed", "checkpointed")), (found, theta)
     assert found["full"] > theta + least(step), (found, theta, least(step))
     if T == 256: assert max(rows[e, 12]["memory"] for e in ("mixed", "checkpointed")) < rows["full", 12]["memory"]/3
