@@ -3,12 +3,13 @@ import math
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from theria.attention.contract import ContractError
 from theria.bench import read_rows
 from theria.neural_process import matrix as m
-from theria.neural_process.matrix import (FUSED, PLAIN, PRESETS, SHAPES, Matrix, Row, Shape, best_pytorch, check_losses, is_pytorch, leaders, on_cpu, plan_np, plan_of, predicted_memory, published_shapes,
-                                          row_of, run_matrix, saved_per_row, shape_table, steps_of, work)
+from theria.neural_process.matrix import (COMPARED, FUSED, PLAIN, PRESETS, SHAPES, Matrix, Row, Shape, best_pytorch, check_losses, is_pytorch, leaders, losses_figure, on_cpu, plan_np, plan_of, predicted_memory, published_shapes,
+                                          row_of, run_matrix, saved_per_row, shape_table, smoothed, speedup_figure, steps_of, work)
 from theria.neural_process.model import Size
 from theria.neural_process.training import Switches
 
@@ -103,6 +104,26 @@ def test_speedups_are_over_the_best_pytorch_row():
     assert (table[0]["best"], table[0]["usual"], table[-1]["failure"]) == (2., 4., "not on this device")
     assert table[0]["tokens"] == TOY.tokens/2.*1e3
     assert [r["p50"] for r in leaders(rows)[0][1:]] == [8., 4., 2.]
+
+
+def test_bars_are_over_what_every_shape_has():
+    "Without a row of customary PyTorch for each shape, over the best one of PyTorch."
+    timed = lambda switches, ms, name: {**Row(TOY._replace(name=name), switches).key, "p50": ms}
+    fast = dict(precision="bf16", compile="blocks", graph=True)
+    best = [timed(Switches(attention=a, **parts, **fast), ms, name) for name in ("one", "two") for a, parts, ms in (("cudnn", PLAIN, 4.), ("theria", FUSED, 2.5))]
+    usual = [timed(Switches(attention="cudnn", **PLAIN, precision="autocast"), 8., name) for name in ("one", "two")]
+    for rows, bars in ((best, ["1.00", "1.60"]), ([*best, usual[0]], ["1.00", "1.60"]), ([*best, *usual], ["1.00", "2.00", "3.20"])):
+        figure = speedup_figure(rows)
+        assert [figure.count(f">{bar}<") for bar in bars] == [2]*len(bars), bars
+        assert ("PyTorch with autocast</text>" in figure) == (len(bars) == 3)
+
+
+def test_no_run_is_missing_in_the_figure_of_losses():
+    losses = {name: [2. + i, 1. + i, 1.5] for i, name in enumerate(COMPARED)}
+    m._plot_losses(losses, ax := Figure().subplots())
+    assert [list(line.get_ydata()) for line in ax.lines] == [smoothed(losses[name], 50) for name in sorted(COMPARED, key=lambda name: not name.startswith("plain"))]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["plain", *(name for name in COMPARED if not name.startswith("plain"))]
+    for name in COMPARED: assert name in losses_figure(losses)
 
 
 def test_a_file_is_shown(tmp_path, capsys):

@@ -463,7 +463,7 @@ def np(
     plan:Annotated[bool, Plan]=False, device:Annotated[str, Device]="auto",
     ms:Annotated[float, typer.Option("--ms", metavar="X", parser=positive("--ms"), help="Milliseconds of measuring for each row.")]=300.,
     seconds:Annotated[float, Seconds]=3600.,
-    losses:Annotated[int, typer.Option("--losses", metavar="N", parser=whole("--losses"), help="At the end, train a plain and a fully fused model on N steps and keep both losses; 0 leaves it out.")]=0,
+    losses:Annotated[int, typer.Option("--losses", metavar="N", parser=whole("--losses"), help="At the end, train plain and fused models side by side for N steps and keep their losses; 0 leaves it out.")]=0,
     seed:Annotated[int, Seed]=0, out:Annotated[str|None, Folder]=None,
 ):
     """How fast is a whole training step of the rectangular-attention transformer, beside the best that PyTorch can do?
