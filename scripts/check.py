@@ -93,6 +93,8 @@ def check_clean(root):
     for cells in all_notebooks(root).values():
         for cell in cells:
             if any(o["output_type"] == "error" for o in cell.outputs): problems.append(f"{cell} stores an error: mend it and run it again.")
+            if any(o["output_type"] == "execute_result" for o in cell.outputs) and not (cell.body and isinstance(cell.body[-1], ast.Expr)):
+                problems.append(f"{cell} stores a result that its code no longer gives: clear the output and run it again.")
             if any(o.get("name") == "stderr" for o in cell.outputs): problems.append(f"{cell} stores what went to stderr: silence its cause.")
             if found := re.search(r"(?<![\w.:/])/(?:home|root|tmp|Users|work|private|usr)/[\w.-]+", "\n".join(cell.texts("text"))):
                 problems.append(f"{cell} stores the path {found[0]} of one machine: print something that holds everywhere.")

@@ -134,6 +134,11 @@ def test_stored_accidents(house, output, word):
     assert said(check.check_clean(house)[0], "nbs/attention/double.ipynb cell 7", word)
 
 
+def test_result_of_an_earlier_version(house):
+    write(house, "nbs/attention/double.ipynb", DOUBLE + [code("y = double(4)", text("8"))])
+    assert said(check.check_clean(house)[0], "nbs/attention/double.ipynb cell 7", "no longer gives")
+
+
 def test_broken_notebook(house):
     (house/"nbs/attention/double.ipynb").write_text("<<<<<<< HEAD\n{}")
     with pytest.raises(SystemExit, match="nbs/attention/double.ipynb is not a notebook"): check.check_clean(house)
