@@ -345,3 +345,24 @@ def test_a_tensor_of_another_kind_is_seen_in_every_place(place):
 def test_tensors_without_data_are_refused():
     x = torch.empty(1, 1, 3, 4, device="meta")
     with pytest.raises(ContractError, match="tensors on meta"): sdpa_custom(x, x, x, backend="triton_full_fused")
+
+
+@pytest.mark.parametrize("road", [
+    lambda f, q, t: grad(lambda q: jvp(f, (q,), (t,))[1])(q),
+    lambda f, q, t: jvp(grad(f), (q,), (t,))[1],
+    lambda f, q, t: vjp(grad(f), q)[1](t)[0],
+    lambda f, q, t: torch.autograd.grad(jvp(f, ((leaf := q.clone().requires_grad_()),), (t,))[1], leaf)[0],
+    lambda f, q, t: vmap(lambda t: grad(lambda q: jvp(f, (q,), (t,))[1])(q))(torch.stack([t, 2*t])),
+], ids=["reverse over forward", "forward over reverse", "reverse over reverse", "autograd.grad over forward", "mapped"])
+def test_zeros_without_memory(road):
+    "The derivative of a constant factor is a tensor that has no data."
+    q, k, v, w, t = (torch.randn(1, 2, 5, 8, device=DEVICE) for _ in range(5))
+    ours, theirs = (road(lambda q, b=b: (sdpa_custom(q, k, v, backend=b)*w).sum(), q, t) for b in ("triton_full_fused", "reference"))
+    assert rel_err(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_views_with_a_minus_sign(place):
+    x = [torch.randn(1, 2, 5, 8, device=DEVICE) for _ in range(3)]
+    turned = [torch._neg_view(y) if n == place else y for n, y in enumerate(x)]
+    assert rel_err(sdpa_custom(*turned, backend="triton_full_fused"), sdpa_custom(*(y.resolve_neg() for y in turned), backend="reference")) < 1e-6

@@ -55,8 +55,10 @@ class Link(Function):
 _LEGACY_VMAP = torch._C._parse_dispatch_key("VmapMode")
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
 
+def _lazy(x): return isinstance(x, torch.Tensor) and (x._is_zerotensor() or x.is_neg())
+
 def run(name, *args): # the operator theria::name, or its implementation when nobody is watching
-    watched = (not _PLAIN.issuperset(map(type, args)) or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    watched = (not _PLAIN.issuperset(map(type, args)) or any(map(_lazy, args)) or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
                or torch._C._dispatch_tls_is_dispatch_key_included(_LEGACY_VMAP)) # the batching of autograd.grad(…, is_grads_batched=True)
     return getattr(torch.ops.theria, name)(*args) if watched else ops.IMPLEMENTATIONS[name](*args)
 
