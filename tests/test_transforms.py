@@ -366,3 +366,11 @@ def test_views_with_a_minus_sign(place):
     x = [torch.randn(1, 2, 5, 8, device=DEVICE) for _ in range(3)]
     turned = [torch._neg_view(y) if n == place else y for n, y in enumerate(x)]
     assert rel_err(sdpa_custom(*turned, backend="triton_full_fused"), sdpa_custom(*(y.resolve_neg() for y in turned), backend="reference")) < 1e-6
+
+
+@pytest.mark.parametrize("road", [lambda f, q: grad(f)(q), lambda f, q: grad(lambda q: jvp(f, (q,), (q,))[1])(q), lambda f, q: vmap(grad(f))(torch.stack([q, 2*q]))], ids=["grad", "reverse over forward", "mapped"])
+def test_a_compiled_function_inside_a_transform(road):
+    q, k, v = (torch.randn(1, 2, 3, 4, device=DEVICE) for _ in range(3))
+    f = lambda q, b: sdpa_custom(q, k, v, backend=b).pow(2).sum()
+    compiled = torch.compile(partial(f, b="triton_full_fused"), backend="aot_eager")
+    assert rel_err(road(compiled, q), road(partial(f, b="reference"), q)) < 1e-5

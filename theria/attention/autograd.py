@@ -43,6 +43,7 @@ class Link(Function):
         cls.on_level = type(f"{cls.__name__}OnLevel", (_SingleLevelFunction,), rules | dict(forward=staticmethod(forward)))
 
     @classmethod
+    @torch.compiler.disable
     def apply(cls, *args):
         if torch._C._are_functorch_transforms_active():
             here = retrieve_current_functorch_interpreter()
@@ -57,6 +58,7 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
 
 def _lazy(x): return isinstance(x, torch.Tensor) and (x._is_zerotensor() or x.is_neg())
 
+@torch.compiler.disable
 def run(name, *args): # the operator theria::name, or its implementation when nobody is watching
     watched = (not _PLAIN.issuperset(map(type, args)) or any(map(_lazy, args)) or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
                or torch._C._dispatch_tls_is_dispatch_key_included(_LEGACY_VMAP)) # the batching of autograd.grad(…, is_grads_batched=True)
