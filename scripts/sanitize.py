@@ -1,7 +1,7 @@
 """Run every kernel once under compute-sanitizer: `python scripts/sanitize.py` (memcheck and racecheck, one process a problem, as many at once as there are cores).
 
 The problems are small and ragged, as far as a kernel is for small problems, in half and single precision, with and without causality, mask, dropout and grouped heads, and pass through
-the public calls, so that every kernel of the package is launched. compute-sanitizer comes with the CUDA toolkit; it is looked for on PATH and below CUDA_HOME.
+the public calls. compute-sanitizer comes with the CUDA toolkit; it is looked for on PATH and below CUDA_HOME.
 """
 import argparse
 import os
@@ -27,7 +27,7 @@ def find():
 
 
 def problems():
-    "Calls that launch every kernel between them, by name."
+    "Calls of every operator, by name."
     import torch
 
     from theria import sdpa_custom

@@ -161,7 +161,7 @@ def derivatives(f, case):
 # if the row statistics stood still, which is the same sum before the cancellation: up to four of its operands are rounded to the type of the inputs. Where entries of a mask share one
 # gradient, that size is taken before or after their sum, whichever is larger; for the sums gdL and tL it is the sum of the absolute values. The limit is twice the error of the formula
 # with PyTorch's precision, fp32 inside and rounded at the ends; or twice what the exact formulas lose when output, lse and factors of matrix products are rounded as kernels save and
-# multiply them; and not less than the tolerance of the type. On top comes one unit in the last place of the largest lse, a relative error of every probability.
+# multiply them (the tangent of the output is saved, too) and scores are summed in fp32, feature by feature, the worst of four ways to round; and not less than the tolerance of the type. On top comes one unit in the last place of the largest lse, a relative error of every probability.
 
 def unshared(c, p, case): # the same case, whose mask has an entry for each score
     if len(case.x) == 3: return case

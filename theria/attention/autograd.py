@@ -30,7 +30,7 @@ _alive = torch._C._functorch.unwrap_if_dead
 def _each(f, xs): return f(xs) if isinstance(xs, torch.Tensor) else tuple(f(x) if isinstance(x, torch.Tensor) else x for x in xs)
 
 class Link(Function):
-    "A `Function` without the costs that only other people's need."
+    "A `Function` without the costs of what links do not have: nested arguments, outputs that are inputs, keywords."
 
     def __init_subclass__(cls):
         def forward(*args):
