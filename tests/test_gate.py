@@ -1,7 +1,7 @@
 """Every configuration that a lookup can return compiles for its GPU, fits its shared memory and registers, lets its products overlap, and is free of two known faults of the compilers.
 
 Rows that are not aligned make other kernels of the same source. Each choice of tiles for half precision and up to 128 features on Hopper is compiled with one pair of such sizes, in turn;
-with THERIA_GATE=all, some two thousand kernels and about an hour on two cores, with all of them, in every type, and with masks and dropout. Of the tiles for float32 in terms a few are compiled, and then all.
+with THERIA_GATE=all, some two thousand kernels and about an hour on two cores, with all of them, in every type, and with masks and dropout.
 """
 import os
 import subprocess
@@ -84,8 +84,6 @@ def search_stream(job):
 def main():
     from theria.attention import gate
     jobs = [(arch, c) for arch in gate.SHARED for c in gate.candidates(arch)]
-    terms = [job for job in jobs if " " in job[1][0][0]] # float32 in terms, two dozen slow compilations
-    jobs = [job for job in jobs if ALL or job not in terms or terms.index(job) % 9 == 4]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         switches = [(f, s, causal) for f in FORMS for s in SWITCHES for causal in (False, True)]
         forms = list(unaligned())
